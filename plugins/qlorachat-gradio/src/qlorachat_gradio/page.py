@@ -1,0 +1,160 @@
+"""The page: what stands on it and which event each part sets off."""
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from qlorachat import ChatEngine
+from qlorachat_gradio.answering import Answering, still
+from qlorachat_gradio.dialog import Dialog, before_last_question
+from qlorachat_gradio.settings import BASE, adapter_menu, sampling_controls
+from qlorachat_gradio.texts import TEXTS, language, say
+
+I18N = gr.I18n(**TEXTS)
+
+
+def build_page(engine: ChatEngine, *, title: str = "qlorachat", concurrency: int = 8) -> gr.Blocks:
+    """A chat page for any number of visitors; `concurrency` of them are answered at a time."""
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+        _heading(engine, title)
+        with gr.Row(elem_id="columns"):
+            with gr.Column(scale=3, min_width=340, elem_id="talk"):
+                chat = _chat()
+            with gr.Column(scale=1, min_width=280, elem_id="settings"):
+                settings = _settings(engine)
+        _connect(page, engine, chat, settings, concurrency)
+    return page
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The parts that an answer changes, in the order of answering.View."""
+
+    message: gr.Textbox
+    chatbot: gr.Chatbot
+    dialog: gr.State
+    status: gr.Markdown
+    send: gr.Button
+    stop: gr.Button
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.message, self.chatbot, self.dialog, self.status, self.send, self.stop]
+
+
+def _heading(engine: ChatEngine, title: str) -> None:
+    info = engine.info
+    facts = " · ".join(filter(None, [info.name, info.quantization, info.device]))
+    gr.HTML(
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(facts)}</p>", elem_id="head", padding=False
+    )
+
+
+def _chat() -> Chat:
+    chatbot = gr.Chatbot(
+        show_label=False,
+        height="calc(100dvh - 13rem)",
+        min_height=320,
+        layout="bubble",
+        editable="user",
+        buttons=["copy", "copy_all"],
+        sanitize_html=True,
+        allow_tags=False,
+        placeholder=I18N("empty"),
+        elem_id="chat",
+    )
+    with gr.Row(elem_id="ask"):
+        message = gr.Textbox(
+            label=I18N("message"),
+            show_label=False,
+            container=False,
+            lines=1,
+            max_lines=8,
+            placeholder=I18N("message_hint"),
+            autofocus=True,
+            scale=8,
+            elem_id="message",
+        )
+        send = gr.Button(I18N("send"), variant="primary", scale=1, min_width=96, elem_id="send")
+        stop = gr.Button(
+            I18N("stop"), variant="stop", scale=1, min_width=96, visible=False, elem_id="stop"
+        )
+    status = gr.Markdown(I18N("keys"), elem_id="status")
+    return Chat(message, chatbot, gr.State([]), status, send, stop)
+
+
+def _settings(engine: ChatEngine) -> dict[str, Any]:
+    adapter = gr.Dropdown(
+        [("", BASE)], value=BASE, label=I18N("adapter"), info=I18N("adapter_info")
+    )
+    strength = gr.Slider(
+        0, 2, 1, step=0.05, label=I18N("adapter_scale"), info=I18N("adapter_scale_info")
+    )
+    system = gr.Textbox(
+        lines=3,
+        max_lines=10,
+        label=I18N("system"),
+        placeholder=engine.config.system or I18N("system_hint"),
+    )
+    drop_oldest = gr.Checkbox(
+        engine.config.overflow == "drop_oldest_turns", label=I18N("drop_oldest"), container=False
+    )
+    with gr.Accordion(I18N("sampling"), open=False):
+        sampling = sampling_controls(engine.info, I18N)
+    return {
+        "adapter": adapter,
+        "adapter_scale": strength,
+        "system": system,
+        "drop_oldest": drop_oldest,
+        **sampling,
+    }
+
+
+def _connect(
+    page: gr.Blocks, engine: ChatEngine, chat: Chat, settings: dict[str, Any], concurrency: int
+) -> None:
+    answering = Answering(engine)
+    model: dict[str, Any] = {  # what the events that use the model share
+        "outputs": chat.outputs,
+        "inputs_kwargs": settings,
+        "concurrency_id": "model",
+        "concurrency_limit": concurrency,
+        "show_progress": "hidden",
+    }
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    running = [
+        gr.on(
+            [chat.message.submit, chat.send.click],
+            answering.submit,
+            [chat.message, chat.dialog],
+            api_name="chat",
+            **model,
+        ),
+        chat.chatbot.retry(answering.retry, chat.dialog, api_visibility="private", **model),
+        chat.chatbot.edit(answering.edit, chat.dialog, api_visibility="private", **model),
+    ]
+    chat.stop.click(None, cancels=running).then(
+        stopped, chat.dialog, chat.outputs, queue=False, **private
+    )
+    chat.chatbot.clear(None, cancels=running).then(
+        lambda: still([]), None, chat.outputs, queue=False, **private
+    )
+    chat.chatbot.undo(undo, chat.dialog, chat.outputs, queue=False, **private)
+
+    def greet(request: gr.Request) -> gr.Dropdown:
+        return adapter_menu(engine, language(request.headers.get("accept-language")))
+
+    page.load(greet, None, settings["adapter"], queue=False, **private)
+
+
+def stopped(dialog: Dialog, request: gr.Request) -> Any:
+    """The page after Stop: what was said so far stays."""
+    return still(dialog, say(language(request.headers.get("accept-language")), "stopped"))
+
+
+def undo(dialog: Dialog) -> Any:
+    """The page without the last question and its answer; the question is back in the box."""
+    kept, message = before_last_question(dialog)
+    return still(kept, message=message)

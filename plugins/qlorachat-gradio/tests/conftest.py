@@ -1,0 +1,72 @@
+"""Fixtures of the page's tests: the page served on a free port, and Chromium."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from qlorachat import ChatEngine
+from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """gradio 6.31 counts its events with pandas in ways that pandas 3 finds old."""
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:gradio.queueing")
+
+
+@contextmanager
+def served(engine: ChatEngine, **options: Any) -> Iterator[str]:
+    """The page of an engine, as the host serves it; gives its address."""
+    frontend, chosen, stop = GradioFrontend(), GradioOptions(port=0, **options), threading.Event()
+    frontend.prepare(chosen)
+    assert frontend.socket is not None
+    port = frontend.socket.getsockname()[1]
+    thread = threading.Thread(target=frontend.serve, args=(engine, chosen, stop))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive(), "the page outlived its stop"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """`serve(engine, **options)` serves a page until the test ends, and gives its address."""
+    with ExitStack() as stack:
+        yield lambda engine, **options: stack.enter_context(served(engine, **options))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"no Chromium at {CHROMIUM}")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """`visit(url, locale)` is one visitor's tab, ready to type in."""
+    with ExitStack() as stack:
+
+        def open_tab(url: str, locale: str = "en-US", **options: Any) -> Page:
+            context = stack.enter_context(browser.new_context(locale=locale, **options))
+            page = context.new_page()
+            page.set_default_timeout(15_000)
+            page.goto(url)
+            page.locator("#message textarea").wait_for()
+            return page
+
+        yield open_tab

@@ -1,0 +1,109 @@
+"""Real servers on free ports over real engines with a fake model, and raw connections to them."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from qlorachat_http.plugin import HttpFrontend, HttpOptions
+
+from qlorachat.testing import FakeBackend, fake_engine
+
+BODY = {"model": "fake", "messages": [{"role": "user", "content": "hello"}]}
+
+
+@contextmanager
+def running(engine: Any, options: dict[str, Any]) -> Iterator[str]:
+    """The base URL of a server that ends with the block."""
+    frontend, chosen = HttpFrontend(), HttpOptions(port=0, **options)
+    frontend.prepare(chosen)
+    stop = threading.Event()
+    thread = threading.Thread(target=frontend.serve, args=(engine, chosen, stop))
+    thread.start()
+    try:
+        yield "http://{}:{}".format(*frontend.address)
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., str]]:
+    """`serve(backend_or_engine, **options)` -> the URL of a server that ends with the module."""
+    with ExitStack() as stack:
+
+        def start(served: Any = None, **options: Any) -> str:
+            engine = served if hasattr(served, "astream") else fake_engine(served)
+            stack.callback(engine.close)
+            options.setdefault("drain_seconds", 0.5)
+            return stack.enter_context(running(engine, options))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server whose model repeats the last user turn; one for all tests of a module."""
+    with fake_engine(FakeBackend()) as engine, running(engine, {"drain_seconds": 0.5}) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def http() -> Iterator[httpx.Client]:
+    """A client for whole URLs; connections are kept."""
+    with httpx.Client(timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def body() -> dict[str, Any]:
+    """A good chat request for a fresh copy."""
+    return BODY
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[str], socket.socket]]:
+    """`connect(url)` -> a raw connection that ends with the test."""
+    with ExitStack() as stack:
+
+        def start(url: str) -> socket.socket:
+            parts = httpx.URL(url)
+            connection = socket.create_connection((parts.host, parts.port or 80), 10)
+            return stack.enter_context(connection)
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def raw_post() -> Callable[..., bytes]:
+    """`raw_post(body, path)` -> a whole request as bytes."""
+
+    def build(body: dict[str, Any], path: str = "/v1/chat/completions") -> bytes:
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        return head.encode() + content
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    """`eventually(condition)` waits for it, and fails after 5 s."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        pause = threading.Event()
+        for _ in range(500):
+            if condition():
+                return
+            pause.wait(0.01)
+        raise AssertionError("it never came true")
+
+    return wait

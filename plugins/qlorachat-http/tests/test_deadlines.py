@@ -1,0 +1,225 @@
+"""Peers that send or read too slowly, or too much, are cut off; others notice nothing."""
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlorachat.testing import FakeBackend
+
+Serve = Callable[..., str]
+Connect = Callable[[str], socket.socket]
+RawPost = Callable[..., bytes]
+Eventually = Callable[[Callable[[], bool]], None]
+
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the server closes; the connection's timeout is an error."""
+    parts = []
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.fixture(scope="module")
+def hasty(serve: Serve) -> str:
+    """A server that waits a fraction of a second for headers and bodies."""
+    return serve(None, head_seconds=0.3, body_seconds=0.3)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"P",
+        b"GET /health HTTP/1.1\r\nHost: local",
+        HEAD + b"Content-Length: 10\r\n\r\n",
+        HEAD + b'Content-Length: 10\r\n\r\n{"a"',
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabc",
+    ],
+    ids=lambda sent: repr(sent[-20:]),
+)
+def test_a_request_that_stops_is_cut_off(hasty: str, connect: Connect, sent: bytes) -> None:
+    connection = connect(hasty)
+    connection.sendall(sent)
+    assert received(connection) == b""
+
+
+@pytest.mark.parametrize(
+    "start", [b"GET /health HTTP/1.1\r\nX: ", HEAD + b"Content-Length: 999\r\n\r\n"]
+)
+def test_trickling_bytes_win_no_time(hasty: str, connect: Connect, start: bytes) -> None:
+    connection = connect(hasty)
+    connection.sendall(start)
+    pause = threading.Event()
+    sent = 0
+    with suppress(OSError):
+        for _ in range(100):  # ten seconds, were it let
+            connection.sendall(b"x")
+            sent += 1
+            pause.wait(0.1)
+    assert sent < 20
+
+
+def test_an_idle_connection_is_closed_after_its_answer(hasty: str, connect: Connect) -> None:
+    connection = connect(hasty)
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert received(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_kept_connection_serves_on(hasty: str, connect: Connect) -> None:
+    connection = connect(hasty)
+    pause = threading.Event()
+    for _ in range(4):  # longer than one deadline together
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = connection.recv(65536)
+        while not answer.endswith(b"}"):
+            answer += connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200")
+        pause.wait(0.15)
+
+
+def test_a_long_answer_is_not_cut_off(
+    serve: Serve, http: httpx.Client, body: dict[str, Any]
+) -> None:
+    backend = FakeBackend(lambda request, prompt: "slow", delay=0.2)
+    address = serve(backend, head_seconds=0.2, body_seconds=0.2, stall_seconds=0.2)
+    for stream in (False, True):
+        response = http.post(address + "/v1/chat/completions", json=body | {"stream": stream})
+        assert response.text.endswith("[DONE]\n\n" if stream else "}")
+
+
+def test_200_slow_peers_keep_nobody_out(serve: Serve, connect: Connect, http: httpx.Client) -> None:
+    address = serve(None, head_seconds=2, body_seconds=2)
+    for i in range(200):
+        connect(address).sendall(HEAD + (b"Content-Length: 9\r\n\r\n{" if i % 2 else b"X: "))
+    assert http.get(address + "/health", timeout=1).status_code == 200
+
+
+def test_a_reader_that_stops_reading_is_cut_off(
+    serve: Serve,
+    http: httpx.Client,
+    raw_post: RawPost,
+    eventually: Eventually,
+    body: dict[str, Any],
+) -> None:
+    backend = FakeBackend(lambda request, prompt: "x" * 500_000, delay=1e-6, context_length=2**20)
+    address = serve(backend, stall_seconds=0.3)
+    parts = httpx.URL(address)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((parts.host, parts.port))
+        connection.sendall(raw_post(body | {"stream": True, "max_tokens": 2**19}))
+        eventually(lambda: backend.running == 1)
+        other = http.post(address + "/v1/chat/completions", json=body | {"max_tokens": 1})
+        assert other.status_code == 200
+        eventually(lambda: backend.running == 0)
+
+
+def test_a_slow_reader_is_not_cut_off(
+    serve: Serve, connect: Connect, raw_post: RawPost, body: dict[str, Any]
+) -> None:
+    backend = FakeBackend(lambda request, prompt: "x" * 500, delay=1e-6)
+    connection = connect(serve(backend, stall_seconds=0.2))
+    connection.sendall(raw_post(body | {"stream": True}))
+    pause = threading.Event()
+    parts = [connection.recv(10_000)]
+    while b"[DONE]" not in parts[-1]:
+        pause.wait(0.05)
+        parts.append(connection.recv(10_000))
+    assert b"".join(parts).count(b'{"content":"x"}') == 500
+
+
+def test_a_body_over_the_limit_is_413_and_not_read_on(serve: Serve, connect: Connect) -> None:
+    address = serve(None, max_body=1024)
+    connection = connect(address)
+    connection.sendall(HEAD + b"Content-Length: 1000000000\r\n\r\n" + b"x" * 100)
+    assert received(connection).startswith(b"HTTP/1.1 413")
+    connection = connect(address)
+    connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    connection.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n1\r\nx\r\n")
+    answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b'"code":"request_too_large"' in answer
+    assert b"\r\nconnection: close\r\n" in answer
+
+
+def test_a_large_body_gets_its_413_through(url: str) -> None:
+    with httpx.Client(timeout=10) as client:
+        response = client.post(
+            url + "/v1/chat/completions",
+            content=b"x" * 2**25,
+            headers={"content-type": "application/json"},
+        )
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        HEAD + b"Content-Length: x\r\n\r\n",
+        HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"A" * 100_000,
+    ],
+    ids=lambda sent: repr(sent[-20:]),
+)
+def test_what_is_no_http_gets_an_error_in_shape(url: str, connect: Connect, sent: bytes) -> None:
+    connection = connect(url)
+    with suppress(OSError):
+        connection.sendall(sent)
+    answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'{"error":{"message":' in answer
+
+
+def test_garbage_behind_a_request_harms_nothing(
+    url: str, connect: Connect, http: httpx.Client, raw_post: RawPost, body: dict[str, Any]
+) -> None:
+    connection = connect(url)
+    connection.sendall(raw_post(body) + b"\x00garbage\r\n\r\n")
+    assert received(connection).count(b"HTTP/1.1 ") == 2
+    assert http.get(url + "/health").status_code == 200
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    position=st.integers(0, 300),
+    junk=st.binary(max_size=12) | st.sampled_from([b"\r\n", b"\x00", b": ", b"%00", b"../"]),
+    cut=st.integers(0, 20),
+)
+def test_mutated_requests_break_nothing(
+    hasty: str,
+    http: httpx.Client,
+    raw_post: RawPost,
+    body: dict[str, Any],
+    position: int,
+    junk: bytes,
+    cut: int,
+) -> None:
+    good = raw_post(body)
+    sent = good[:position] + junk + good[position + cut :]
+    parts = httpx.URL(hasty)
+    with socket.create_connection((parts.host, parts.port or 80), 10) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        answer = received(connection)
+    assert answer[:10] in (b"", b"HTTP/1.1 2", b"HTTP/1.1 4"), answer
+    assert http.get(hasty + "/health").status_code == 200

@@ -1,0 +1,415 @@
+"""ChatEngine: dialogs in, answers out; everything between people's text and the engine's tokens."""
+
+import bisect
+import itertools
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+from qlorachat.adapters import Adapter, base_model_of, read_adapter
+from qlorachat.config import (
+    DEMO_MODEL,
+    EngineConfig,
+    Overflow,
+    QuantizationChoice,
+    Tags,
+    check,
+)
+from qlorachat.errors import (
+    AdapterError,
+    ConfigError,
+    ContextOverflow,
+    UnknownName,
+    UsageError,
+    suggest,
+)
+from qlorachat.generation import Dropped, Generation
+from qlorachat.messages import Message, Reply, parse_messages
+from qlorachat.plugins import PluginHost, create_manager
+from qlorachat.protocols import ModelInfo, Template
+from qlorachat.streams import AsyncChatStream, ChatStream, Sink
+from qlorachat.templates import Prompt, TemplateChoice, build_prompt, check_template_name
+from qlorachat.tokens import SamplingParams, TokenRequest
+
+log = logging.getLogger(__name__)
+
+Dialog = str | Prompt | Iterable[Message | Mapping[str, object]]
+
+ADAPTER_NAME = re.compile(r"\w[\w.-]{0,63}")  # no slash, colon or leading dot: safe in URLs, paths
+
+
+class EngineOptions(TypedDict, total=False):
+    """What `ChatEngine(...)` takes beside the model; see EngineConfig."""
+
+    adapters: Mapping[str, str | Path]
+    revision: str | None
+    offline: bool
+    device: str
+    quantization: QuantizationChoice
+    template: str | None
+    system: str | None
+    overflow: Overflow
+    tags: Tags
+    max_queue: int
+
+
+class ChatOptions(TypedDict, total=False):
+    """What one request may say; see SamplingParams for the numbers and their ranges."""
+
+    adapter: str | None  # the name of a loaded adapter; None is the base model
+    adapter_scale: float  # strength, 0 to 2
+    stop: str | Sequence[str]  # strings that end the answer and are not part of it
+    overflow: Overflow
+    tags: Tags
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    max_tokens: int
+    seed: int | None
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
+
+
+_OWN_OPTIONS = {"adapter", "adapter_scale", "stop", "overflow", "tags"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter under the name that people call it by."""
+
+    name: str
+    adapter: Adapter
+
+    @property
+    def template(self) -> str | None:
+        return self.adapter.card.template if self.adapter.card else None
+
+    @property
+    def system(self) -> str | None:
+        return self.adapter.card.system if self.adapter.card else None
+
+
+class ChatEngine:
+    """One base model and its adapters, for any number of threads and async callers.
+
+    >>> with ChatEngine("smollm2") as engine:  # doctest: +SKIP
+    ...     print(engine.chat("What is the capital of France?").text)
+    """
+
+    def __init__(
+        self,
+        model: str | Path | EngineConfig | None = None,
+        *,
+        plugins: PluginHost | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        """Load `model` (a folder, a hub repository or an EngineConfig) and its adapters.
+
+        Without a model: the base that the first adapter names, else the demo model. Raises
+        ModelError, AdapterError or ConfigError; nothing stays loaded then.
+        """
+        self.plugins = plugins or create_manager()
+        self.config = _resolve(_config(model, options), self.plugins)
+        self._ids = itertools.count(1)
+        self._lock = threading.Lock()
+        self._adapters: dict[str, LoadedAdapter] = {}
+        check_template_name(self.config.template, self.plugins.templates())
+        self._backend = self.plugins.open_backend(self.config)
+        try:
+            self._choice = TemplateChoice(
+                self.plugins.templates(),
+                model_name=self.info.name,
+                chat_template=self.info.chat_template,
+                tokenizer=self._backend.tokenizer,
+            )
+            for name, folder in self.config.adapters.items():
+                self._attach(name, Path(folder), replace=False)
+        except BaseException:
+            self._backend.close()
+            raise
+
+    def chat(self, messages: Dialog, **options: Unpack[ChatOptions]) -> Reply:
+        """The whole answer to a dialog, a question or a rendered prompt."""
+        with self.stream(messages, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.reply
+
+    def stream(self, messages: Dialog, **options: Unpack[ChatOptions]) -> ChatStream:
+        """The answer as it comes; raises here, before any delta, what is wrong with the request."""
+        return ChatStream(lambda sink: self._start(messages, options, sink))
+
+    def astream(self, messages: Dialog, **options: Unpack[ChatOptions]) -> AsyncChatStream:
+        """As `stream`, for `async for`; nothing blocks the event loop."""
+        return AsyncChatStream(lambda sink: self._start(messages, options, sink))
+
+    def render(
+        self,
+        messages: str | Iterable[Message | Mapping[str, object]],
+        *,
+        adapter: str | None = None,
+        tags: Tags | None = None,
+    ) -> Prompt:
+        """The prompt that a dialog becomes: its text and its token ids."""
+        loaded = self._adapter(adapter)
+        dialog = self._with_system(parse_messages(messages), loaded)
+        return self._render(dialog, self._template(loaded), tags or self.config.tags)
+
+    def raw(self, text: str) -> Prompt:
+        """Plain text as a prompt without any chat format, for completion."""
+        tokenizer = self._backend.tokenizer
+        ids, _ = tokenizer.encode(text)
+        start = [tokenizer.control_tokens[tokenizer.bos_token or ""]] if tokenizer.adds_bos else []
+        return Prompt(text, (*start, *ids), (False,) * (len(start) + len(ids)))
+
+    def load_adapter(self, name: str, reference: str | Path, *, replace: bool = False) -> None:
+        """Bring, check and attach an adapter while others stream; `replace` allows a taken name."""
+        if name in self._adapters and not replace:
+            raise AdapterError(f"The adapter name `{name}` is in use; pass replace=True.")
+        folder = self.plugins.locate_adapter(str(reference), offline=self.config.offline)
+        self._attach(name, folder, replace=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it end first."""
+        with self._lock:
+            if name not in self._adapters:
+                raise UnknownName("adapter", name, self._adapters)
+            loaded = self._adapters.pop(name)
+        self._release(loaded)
+
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """The loaded adapters by name."""
+        with self._lock:
+            return dict(self._adapters)
+
+    @property
+    def info(self) -> ModelInfo:
+        """The base model: its name, context length, defaults, device and memory."""
+        return self._backend.info
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine is closed or its thread has died."""
+        return self._backend.alive
+
+    def close(self) -> None:
+        """End every request and free the memory; twice is fine."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # From a request to its generation
+
+    def _start(self, messages: Dialog, options: ChatOptions, sink: Sink) -> Generation:
+        submitted = perf_counter()
+        stop = _stop_strings(options.get("stop", ()))
+        scale = _scale(options.get("adapter_scale", 1.0))
+        loaded = self._adapter(options.get("adapter"))
+        sampling = self._sampling(options)
+        prompt, dropped = self._prompt(messages, loaded, options)
+        request = TokenRequest(
+            request_id=next(self._ids),
+            prompt=tuple(prompt.ids),
+            sampling=self._fit(sampling, len(prompt.ids), asked="max_tokens" in options),
+            stop_ids=self.info.stop_ids,
+            adapter=loaded.adapter.sha256 if loaded else None,
+            adapter_scale=scale,
+        )
+        generation = Generation(
+            request,
+            self._backend.tokenizer,
+            submitted=submitted,
+            stop=stop,
+            dropped=dropped,
+            adapter=loaded.name if loaded else None,
+            on_stop=lambda: self._backend.abort(request.request_id),
+            on_finish=lambda ended: self.plugins.request_finished(ended.record(self.info.name)),
+        )
+        with self._lock:
+            if loaded is None or self._adapters.get(loaded.name) is loaded:
+                self._backend.submit(request, sink)
+                return generation
+        return self._start(messages, options, sink)  # the adapter was replaced meanwhile
+
+    def _prompt(
+        self, messages: Dialog, loaded: LoadedAdapter | None, options: ChatOptions
+    ) -> tuple[Prompt, Dropped]:
+        if isinstance(messages, Prompt):
+            return messages, Dropped()
+        dialog = parse_messages(messages)
+        template = self._template(loaded)
+        tags = options.get("tags", self.config.tags)
+
+        def render(dialog: Sequence[Message]) -> Prompt:
+            return self._render(self._with_system(dialog, loaded), template, tags)
+
+        prompt = render(dialog)
+        if options.get("overflow", self.config.overflow) == "drop_oldest_turns":
+            room = self.info.context_length - options.get("max_tokens", 1)
+            return _drop_oldest_turns(dialog, prompt, render, room)
+        return prompt, Dropped()
+
+    def _render(self, dialog: Sequence[Message], template: Template, tags: Tags) -> Prompt:
+        return build_prompt(template, dialog, self._backend.tokenizer, tags=tags)
+
+    def _with_system(
+        self, dialog: Sequence[Message], loaded: LoadedAdapter | None
+    ) -> Sequence[Message]:
+        system = self.config.system or (loaded.system if loaded else None)
+        if not system or any(message.role == "system" for message in dialog):
+            return dialog
+        return (Message("system", system), *dialog)
+
+    def _template(self, loaded: LoadedAdapter | None) -> Template:
+        return self._choice.choose(self.config.template, loaded.template if loaded else None)
+
+    def _adapter(self, name: str | None) -> LoadedAdapter | None:
+        if name is None:
+            return None
+        with self._lock:
+            if name not in self._adapters:
+                raise UnknownName("adapter", name, self._adapters)
+            return self._adapters[name]
+
+    def _sampling(self, options: ChatOptions) -> SamplingParams:
+        asked: dict[str, Any] = {k: v for k, v in options.items() if k not in _OWN_OPTIONS}
+        for name in asked:
+            if name not in ChatOptions.__annotations__:
+                raise UsageError(
+                    f"There is no option `{name}`{suggest(name, ChatOptions.__annotations__)}",
+                    param=name,
+                )
+        return replace(self.info.sampling, **asked)
+
+    def _fit(self, sampling: SamplingParams, prompt_tokens: int, *, asked: bool) -> SamplingParams:
+        """Refuse what the context can't hold; an unasked max_tokens shrinks to what is left."""
+        room = self.info.context_length - prompt_tokens
+        if room < (sampling.max_tokens if asked else 1):
+            raise ContextOverflow(
+                prompt_tokens, sampling.max_tokens if asked else 1, self.info.context_length
+            )
+        return replace(sampling, max_tokens=min(sampling.max_tokens, room))
+
+    # Adapters and opening
+
+    def _attach(self, name: str, folder: Path, *, replace: bool) -> None:
+        _check_adapter_name(name)
+        shapes = self.info.shapes or None  # a backend that can't tell is not held against any
+        adapter = read_adapter(folder, shapes=shapes, base_name=self.info.name)
+        check_template_name(
+            adapter.card.template if adapter.card else None, self.plugins.templates()
+        )
+        for warning in adapter.warnings:
+            log.warning("adapter %s: %s", name, warning)
+        self._backend.load_adapter(adapter)
+        with self._lock:
+            if name in self._adapters and not replace:
+                raise AdapterError(f"The adapter name `{name}` is in use.")
+            old = self._adapters.get(name)
+            self._adapters[name] = LoadedAdapter(name, adapter)
+        if old is not None:
+            self._release(old)
+
+    def _release(self, loaded: LoadedAdapter) -> None:
+        """Detach weights that no name refers to any more."""
+        sha256 = loaded.adapter.sha256
+        with self._lock:
+            used = any(other.adapter.sha256 == sha256 for other in self._adapters.values())
+        if not used:
+            self._backend.unload_adapter(sha256)
+
+
+def _resolve(config: EngineConfig, plugins: PluginHost) -> EngineConfig:
+    """The config with every adapter brought to a local folder, and the base model settled."""
+    for name in config.adapters:
+        _check_adapter_name(name)
+    folders = {
+        name: str(plugins.locate_adapter(reference, offline=config.offline))
+        for name, reference in config.adapters.items()
+    }
+    model, revision = config.model, config.revision
+    if model is None and folders:
+        model, named_revision = base_model_of(Path(next(iter(folders.values()))))
+        revision = revision or named_revision
+    return config.model_copy(
+        update={"adapters": folders, "model": model or DEMO_MODEL, "revision": revision}
+    )
+
+
+def _config(model: str | Path | EngineConfig | None, options: EngineOptions) -> EngineConfig:
+    if isinstance(model, EngineConfig):
+        if options:
+            raise ConfigError("Pass an EngineConfig or single options, not both.")
+        return model
+    values: dict[str, Any] = {**options, "model": None if model is None else str(model)}
+    values["adapters"] = {name: str(path) for name, path in options.get("adapters", {}).items()}
+    return check(EngineConfig, values)
+
+
+def _check_adapter_name(name: str) -> None:
+    if not ADAPTER_NAME.fullmatch(name):
+        raise AdapterError(
+            f"`{name}` can't name an adapter: use up to 64 letters, digits, `_`, `-` and `.`, "
+            "with a letter, digit or `_` first."
+        )
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(string, str) or not string for string in strings):
+        raise UsageError("stop is a string or a list of strings, none of them empty.", param="stop")
+    return strings
+
+
+def _scale(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0.0 <= scale <= 2.0:
+        raise UsageError(
+            f"adapter_scale is a number from 0 to 2, not {scale!r}.", param="adapter_scale"
+        )
+    return float(scale)
+
+
+def _drop_oldest_turns(
+    dialog: Sequence[Message],
+    whole: Prompt,
+    render: Callable[[Sequence[Message]], Prompt],
+    room: int,
+) -> tuple[Prompt, Dropped]:
+    """The dialog without as few of its oldest user-assistant pairs as makes it fit `room` tokens.
+
+    The system message and the last user turn always stay.
+    """
+    first = 1 if dialog and dialog[0].role == "system" else 0
+    pairs = (len(dialog) - first - 1) // 2
+    if len(whole.ids) <= room or pairs == 0:
+        return whole, Dropped()
+
+    def without(count: int) -> Prompt:
+        return render([*dialog[:first], *dialog[first + 2 * count :]])
+
+    counts = range(1, pairs + 1)
+    fewest = bisect.bisect_left(counts, True, key=lambda n: len(without(n).ids) <= room)
+    count = counts[min(fewest, pairs - 1)]
+    prompt = without(count)
+    indexes = tuple(range(first, first + 2 * count))
+    return prompt, Dropped(indexes, len(whole.ids) - len(prompt.ids))

@@ -1,0 +1,153 @@
+"""Our own folder of converted models; an entry is there whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from qlorachat.errors import QlorachatError
+
+MANIFEST = "qlorachat.json"
+_UNFINISHED = ".tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """One converted model on disk; `bytes` is its size."""
+
+    name: str
+    path: Path
+    bytes: int
+
+
+def cache_root() -> Path:
+    """The folder that holds our entries: QLORACHAT_CACHE, else the user's cache folder."""
+    if asked := os.environ.get("QLORACHAT_CACHE"):
+        return Path(asked).expanduser()
+    return user_cache_path("qlorachat", appauthor=False)
+
+
+def list_entries() -> list[CacheEntry]:
+    """What is converted, by name; leftovers of a killed conversion are counted under their name."""
+    folders = [path for path in _models().glob("*") if path.is_dir()]
+    return [CacheEntry(path.name, path, _size(path)) for path in sorted(folders)]
+
+
+def clear() -> list[CacheEntry]:
+    """Remove every entry and say which; raises QlorachatError for one that is in use."""
+    entries = list_entries()
+    try:
+        for name in {entry.name.partition(_UNFINISHED)[0] for entry in entries}:
+            with FileLock(_lock_file(name), timeout=0):  # its Timeout is an OSError too
+                _sweep(name)
+    except OSError as error:
+        raise QlorachatError(
+            f"The cache {_models()} is in use and could not be cleared ({error}): close whatever "
+            "uses it and try again."
+        ) from error
+    return entries
+
+
+def build_once(
+    name: str, build: Callable[[Path], None], *, waiting: Callable[[], None] = lambda: None
+) -> Path:
+    """The entry `name`, made by `build(folder)` unless it is there already.
+
+    `build` fills a folder beside the entry; the folder is synced to disk and renamed when it is
+    done, so a kill at any moment leaves nothing under `name`. One process builds at a time; the
+    others call `waiting` once and then take what was built. Raises QlorachatError when the disk
+    does not allow it.
+    """
+    entry = _models() / name
+    if _is_whole(entry):
+        return entry
+    try:
+        _models().mkdir(parents=True, exist_ok=True)
+        with _locked(name, waiting):
+            if not _is_whole(entry):
+                _sweep(name)
+                _build(entry, build)
+    except OSError as error:
+        raise QlorachatError(
+            f"The cache folder {_models()} cannot be written ({error.strerror or error}): "
+            "free some space there, or set QLORACHAT_CACHE to another folder."
+        ) from error
+    return entry
+
+
+def _models() -> Path:
+    return cache_root() / "models"
+
+
+def _lock_file(name: str) -> Path:
+    return _models() / f"{name}.lock"
+
+
+def _locked(name: str, waiting: Callable[[], None]) -> FileLock:
+    """A lock that its process's death releases; `with` keeps it and lets it go."""
+    lock = FileLock(_lock_file(name))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    return lock
+
+
+def _sweep(name: str) -> None:
+    """Remove a damaged entry and what killed builds left; the lock's holder is the only builder."""
+    for folder in (_models() / name, *_models().glob(f"{name}{_UNFINISHED}*")):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _build(entry: Path, build: Callable[[Path], None]) -> None:
+    folder = Path(mkdtemp(prefix=f"{entry.name}{_UNFINISHED}", dir=entry.parent))
+    try:
+        build(folder)
+        _write_manifest(folder)
+        for path in folder.iterdir():
+            _sync(path)
+        _sync(folder)
+        folder.rename(entry)
+        _sync(entry.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_manifest(folder: Path) -> None:
+    """Add the size of every file to the entry's manifest, which `_is_whole` compares."""
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file != path}
+    path.write_text(json.dumps({**manifest, "files": sizes}, indent=1), "utf-8")
+
+
+def _is_whole(entry: Path) -> bool:
+    try:
+        files = json.loads((entry / MANIFEST).read_text("utf-8"))["files"]
+        return all((entry / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk; Windows opens no folders and needs no such wait."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,201 @@
+"""A model's name becomes a checked folder and what its files say of it; no weight is read."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qlorachat.checkpoints.cache import MANIFEST
+from qlorachat.checkpoints.demo import converted_demo, find_gguf, is_demo
+from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_pointer, token_text
+from qlorachat.config import DEMO_MODEL
+from qlorachat.errors import ModelError, UsageError
+from qlorachat.hub import download
+from qlorachat.tokens import SamplingParams
+
+_TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+# what transformers reads; some repositories carry a second copy under other names
+_WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+
+# generation_config.json's name -> ours
+_SAMPLING_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a checkpoint asks to be quantized: modules, by full name, that stay in 16 bit."""
+
+    skip_modules: tuple[str, ...] = ()
+
+    def skips(self, module: str) -> bool:
+        return any(f"{module}.".startswith(f"{name}.") for name in self.skip_modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A base model on disk and what its own files say of it."""
+
+    name: str  # as asked for; the demo model under its full name
+    folder: Path
+    revision: str | None  # commit, where the hub's cache knows it
+    config: Mapping[str, Any]  # config.json
+    generation: SamplingParams  # generation_config.json over our defaults
+    stop_ids: frozenset[int]  # every end token that its files name
+    chat_template: str | None  # Jinja source
+    recipe: Recipe
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together; ModelError where config.json does not say."""
+        config = self.config.get("text_config", self.config)
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(length := config.get(key), int):
+                return length
+        raise ModelError(f"The config.json of `{self.name}` has no max_position_embeddings.")
+
+
+def locate(
+    model: str, *, revision: str | None = None, offline: bool = False, weights: bool = True
+) -> Checkpoint:
+    """The checkpoint that `model` names: the demo model, else a folder, else a hub repository.
+
+    `weights=False` brings and checks only the configuration and tokenizer files. Raises ModelError
+    or HubError, one line each: no such place, no config.json, weights that are missing, in pickle
+    files, cut off or Git LFS pointers.
+    """
+    name = DEMO_MODEL if is_demo(model) else model
+    folder = _find(name, revision, offline, weights)
+    config = read_json(folder / "config.json")
+    if not config:
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(
+                f"{folder} holds an adapter: give it as --adapter, a model as --model."
+            )
+        raise ModelError(
+            f"The folder {folder} has no config.json: give the folder of a model in Hugging Face "
+            "layout (config.json, tokenizer files, *.safetensors)."
+        )
+    if weights:
+        _check_weights(folder)
+    generation = read_json(folder / "generation_config.json")
+    tokenizer = read_json(folder / "tokenizer_config.json")
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        revision=folder.name if folder.parent.name == "snapshots" else None,
+        config=config,
+        generation=_sampling(folder, generation),
+        stop_ids=_stop_ids(folder, config, generation, tokenizer),
+        chat_template=chat_template_source(folder, tokenizer),
+        recipe=_recipe(folder),
+    )
+
+
+def _find(name: str, revision: str | None, offline: bool, weights: bool) -> Path:
+    if name == DEMO_MODEL and revision is None and (gguf := find_gguf()):
+        return converted_demo(gguf)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file: give the folder of a model in Hugging Face layout.")
+    patterns = (*_TEXT_FILES, *_WEIGHT_FILES) if weights else _TEXT_FILES
+    return download(name, revision=revision, offline=offline, patterns=patterns)
+
+
+def _check_weights(folder: Path) -> None:
+    files = weight_files(folder)
+    if not files:
+        raise ModelError(
+            f"{folder} has no model.safetensors (pickle files such as pytorch_model.bin can run "
+            "code and are never loaded): take a revision that has it (--revision), or save the "
+            "model again with transformers' save_pretrained."
+        )
+    for file in files:
+        if not file.exists():
+            raise ModelError(
+                f"{folder} lacks {file.name}: the download is incomplete, run it again."
+            )
+        refuse_pointer(file)
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(
+                f"{file} is damaged or cut off ({error}): delete it and bring it again."
+            ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files, by the index where there is one."""
+    index = read_json(folder / "model.safetensors.index.json")
+    if index:
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return [file for file in [folder / "model.safetensors"] if file.exists()]
+
+
+def _sampling(folder: Path, generation: Mapping[str, Any]) -> SamplingParams:
+    """The file's values over our defaults; `do_sample: false` is greedy, as in transformers."""
+    values = {
+        ours: generation[theirs]
+        for theirs, ours in _SAMPLING_FIELDS.items()
+        if generation.get(theirs) is not None
+    }
+    if generation.get("do_sample") is False:
+        values["temperature"] = 0.0
+    try:
+        return SamplingParams(**values)
+    except UsageError as error:
+        raise ModelError(f"{folder / 'generation_config.json'} is wrong: {error}") from error
+
+
+def _stop_ids(
+    folder: Path,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+) -> frozenset[int]:
+    ids = {
+        *_as_ids(config.get("eos_token_id")),
+        *_as_ids(generation.get("eos_token_id")),
+        *_ids_of(folder, token_text(tokenizer.get("eos_token"))),
+    }
+    return frozenset(ids)
+
+
+def _as_ids(value: object) -> Iterable[int]:
+    if isinstance(value, int):
+        return (value,)
+    return [item for item in value if isinstance(item, int)] if isinstance(value, list) else ()
+
+
+def _ids_of(folder: Path, token: str | None) -> Iterable[int]:
+    """The id of an added token of tokenizer.json, none where it has no such token."""
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or [] if token else []
+    return [entry["id"] for entry in added if entry["content"] == token]
+
+
+def _recipe(folder: Path) -> Recipe:
+    """The quantization of our own manifest; other checkpoints have none."""
+    quantization = read_json(folder / MANIFEST).get("quantization") or {}
+    return Recipe(skip_modules=tuple(quantization.get("skip_modules", ())))

@@ -1,0 +1,258 @@
+"""A tokenizer folder becomes exact ids: text is always plain text, whatever it spells.
+
+Loading by the class that tokenizer_config.json names changes Llama-2's ids (transformers 5.24), so
+the vocabulary files themselves decide, and a Llama-2 vocabulary is checked against known ids.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from qlorachat.checkpoints.byte_fallback import byte_fallback_decoder
+from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_pointer, token_text
+from qlorachat.errors import DialogError, ModelError
+from qlorachat.protocols import Tokenizer
+
+# pieces that together mark the Llama-2 vocabulary, and what it must make of two turns
+_LLAMA2_PIECES = {"▁[": 518, "INST": 25580, "]": 29962}
+_LLAMA2_TURNS = {
+    "[INST] Hi [/INST]": [518, 25580, 29962, 6324, 518, 29914, 25580, 29962],
+    "[INST]  [/INST]": [518, 25580, 29962, 29871, 518, 29914, 25580, 29962],
+}
+
+
+class FastTokenizer:
+    """A `tokenizers` backend behind our protocol; may be called from any thread."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        adds_bos: bool = False,
+        template: str | None = None,
+    ) -> None:
+        """`template` is the chat template, whose tags are control tokens too.
+
+        The backend is changed: it no longer truncates, pads, or finds control tokens in text.
+        """
+        self._bos, self._eos, self._adds_bos = bos_token, eos_token, adds_bos
+        added = backend.get_added_tokens_decoder()
+        ends = {bos_token, eos_token}
+        self._hidden = {i for i, token in added.items() if token.special or token.content in ends}
+        self._control = {
+            token.content: i
+            for i, token in sorted(added.items())
+            if i in self._hidden or _is_tag_of(template, token.content)
+        }
+        self._unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
+        self._backend = _as_plain(backend, list(self._control))
+        self._decode = byte_fallback_decoder(backend) or self._decode_by_backend
+
+    @property
+    def bos_token(self) -> str | None:
+        return self._bos
+
+    @property
+    def eos_token(self) -> str | None:
+        return self._eos
+
+    @property
+    def adds_bos(self) -> bool:
+        return self._adds_bos
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Every control token by name; read only."""
+        return MappingProxyType(self._control)
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of plain text, and the (start, end) characters each covers; nothing is added.
+
+        The bytes of one character that fell to several tokens all cover that character. Raises
+        DialogError where the vocabulary has no plain spelling of a control token's name.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        for name, control in self._control.items():
+            if control != self._unknown and control in encoding.ids:
+                raise DialogError(
+                    f"This model's tokenizer reads `{name}` in a message as a control token: "
+                    "take it out of the text."
+                )
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a whole answer: special tokens left out, nothing cleaned up."""
+        return self._decode([token for token in ids if token not in self._hidden])
+
+    def _decode_by_backend(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, from its files alone; nothing of theirs is run.
+
+    tokenizer.json comes first, then tokenizer.model (SentencePiece), then vocab.json and
+    merges.txt. Raises ModelError when there is none, or none that gives the right ids.
+    """
+    backend = _read_backend(folder)
+    _check_size(folder, backend)
+    config = {
+        **_ends_by_id(folder),
+        **read_json(folder / "special_tokens_map.json"),
+        **read_json(folder / "tokenizer_config.json"),
+    }
+    return FastTokenizer(
+        backend,
+        bos_token=_known(backend, config.get("bos_token")),
+        eos_token=_known(backend, config.get("eos_token")),
+        adds_bos=_adds_bos(folder, backend, config),
+        template=chat_template_source(folder, config),
+    )
+
+
+def _read_backend(folder: Path) -> Backend:
+    json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
+    if json_file.exists():
+        backend = _from_json(json_file)
+        if _is_exact(backend):
+            return backend
+        if not model_file.exists():
+            raise ModelError(
+                f"{json_file} splits Llama-2 text otherwise than the model was trained (a known "
+                "fault of some converters): put the model's original tokenizer.model beside it."
+            )
+    if model_file.exists():
+        return _with_added_tokens(folder, _from_sentencepiece(model_file))
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return _from_transformers(folder)
+    raise ModelError(
+        f"{folder} has no tokenizer: put the model's tokenizer.json or tokenizer.model there."
+    )
+
+
+def _from_json(file: Path) -> Backend:
+    refuse_pointer(file)
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:
+        raise ModelError(f"{file} cannot be read ({error}): bring it again.") from error
+
+
+def _from_sentencepiece(file: Path) -> Backend:
+    """Converted by transformers from the file alone, which a config beside it would misguide."""
+    refuse_pointer(file)
+    with TemporaryDirectory() as alone:
+        shutil.copy(file, Path(alone) / "tokenizer.model")
+        backend = _from_transformers(Path(alone), shown=file)
+    if not _is_exact(backend):
+        raise ModelError(
+            f"{file} gives wrong ids for Llama-2 turns with this version of transformers: put the "
+            "model's tokenizer.json beside it."
+        )
+    return backend
+
+
+def _from_transformers(folder: Path, shown: Path | None = None) -> Backend:
+    # transformers takes seconds to import, and a tokenizer.json does without it
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        backend = loaded.backend_tokenizer
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{shown or folder} cannot be read as a tokenizer ({reason}): put the model's "
+            "tokenizer.json there."
+        ) from error
+    assert isinstance(backend, Backend)
+    return backend
+
+
+def _with_added_tokens(folder: Path, backend: Backend) -> Backend:
+    """The tokens that a fine-tune put behind a SentencePiece vocabulary, under their own ids."""
+    tokens = {i: AddedToken(text) for text, i in read_json(folder / "added_tokens.json").items()}
+    config = read_json(folder / "tokenizer_config.json")
+    for i, entry in (config.get("added_tokens_decoder") or {}).items():
+        tokens[int(i)] = AddedToken(**entry)
+    for i, token in sorted(tokens.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != i:
+            raise ModelError(
+                f"{folder} gives the added token `{token.content}` id {i}, which does not follow "
+                "its vocabulary: put the model's tokenizer.json there."
+            )
+    return backend
+
+
+def _is_exact(backend: Backend) -> bool:
+    """False for a Llama-2 vocabulary that does not give Llama-2's ids; true for all others."""
+    return not _is_llama2(backend) or all(
+        backend.encode(turn, add_special_tokens=False).ids == ids
+        for turn, ids in _LLAMA2_TURNS.items()
+    )
+
+
+def _is_llama2(backend: Backend) -> bool:
+    return all(backend.token_to_id(piece) == i for piece, i in _LLAMA2_PIECES.items())
+
+
+def _check_size(folder: Path, backend: Backend) -> None:
+    tokens, wanted = backend.get_vocab_size(), read_json(folder / "config.json").get("vocab_size")
+    if isinstance(wanted, int) and tokens < wanted // 2:
+        raise ModelError(
+            f"The tokenizer in {folder} knows {tokens} tokens but the model {wanted}: bring the "
+            "model's own tokenizer files."
+        )
+
+
+def _ends_by_id(folder: Path) -> dict[str, object]:
+    """bos_token and eos_token as ids, for folders that do not name them."""
+    model_file, config = folder / "tokenizer.model", read_json(folder / "config.json")
+    if (folder / "tokenizer.json").exists() or not model_file.exists():
+        return {"bos_token": config.get("bos_token_id"), "eos_token": config.get("eos_token_id")}
+    pieces = SentencePieceProcessor(model_file=str(model_file))
+    return {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id()}
+
+
+def _known(backend: Backend, token: object) -> str | None:
+    """A token by name or id, None where the vocabulary does not hold it."""
+    if isinstance(token, int):
+        return backend.id_to_token(token) if token >= 0 else None
+    text = token_text(token)
+    return text if text and backend.token_to_id(text) is not None else None
+
+
+def _adds_bos(folder: Path, backend: Backend, config: Mapping[str, Any]) -> bool:
+    """As tokenizer_config.json says, else as tokenizer.json does, else as Llama's models want."""
+    if isinstance(said := config.get("add_bos_token"), bool):
+        return said
+    empty = backend.encode("", add_special_tokens=True)
+    return bool(empty.ids) or not (folder / "tokenizer.json").exists() or _is_llama2(backend)
+
+
+def _is_tag_of(template: str | None, token: str) -> bool:
+    """Whether a chat template writes this added token, as `<|im_start|>`; blanks are no tags."""
+    return template is not None and token[:1] in ("<", "[") and token in template
+
+
+def _as_plain(backend: Backend, control: Sequence[str]) -> Backend:
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = None  # it would trim blanks from offsets, and adds nothing we want
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in control]
+    )
+    backend.encode_special_tokens = True
+    return backend

@@ -1,0 +1,1 @@
+"""The command line: qlorachat chat | serve | plugins | render | check | cache."""

@@ -1,0 +1,64 @@
+"""What an engine is opened with: frozen, checked once; the declaration behind flags and files."""
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qlorachat.errors import ConfigError, suggest
+
+T = TypeVar("T", bound=BaseModel)
+
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+QuantizationChoice = Literal["auto", "nf4", "16bit"]
+Overflow = Literal["error", "drop_oldest_turns"]
+Tags = Literal["refuse", "allow"]
+
+
+class EngineConfig(BaseModel):
+    """How an engine is opened; every field is a flag, an environment variable and a file key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(
+        None,
+        description="base model, a folder or a hub repository; default: the one that the first "
+        "adapter names, else the demo model",
+    )
+    adapters: dict[str, str] = Field(
+        default_factory=dict, description="adapter name -> folder or hub repository"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
+    offline: bool = Field(False, description="never ask the hub; use what is on disk")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    quantization: QuantizationChoice = Field(
+        "auto",
+        description="auto: as the checkpoint asks, else nf4; nf4: every linear layer in NF4 with "
+        "double quantization; 16bit: none",
+    )
+    template: str | None = Field(None, description="prompt format; default: the checkpoint's own")
+    system: str | None = Field(None, description="system prompt for dialogs that bring none")
+    overflow: Overflow = Field(
+        "error", description="what to do with a dialog longer than the context"
+    )
+    tags: Tags = Field(
+        "refuse", description="messages that hold the format's control text, such as [INST]"
+    )
+    max_queue: int = Field(64, ge=1, description="requests that may wait; one more is refused")
+
+
+def check(model: type[T], values: dict[str, Any]) -> T:
+    """`model(**values)`, or a ConfigError of one line that names the key, nearest name included."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, model)) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first of pydantic's findings as one line in our words."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"There is no option `{key}`{suggest(key, model.model_fields)}"
+    return f"The option `{key}` is {first['input']!r}: {first['msg']}."

@@ -1,0 +1,254 @@
+"""TransformersBackend: transformers, bitsandbytes and PEFT as they are, one generation at a time.
+
+One thread owns the model: every forward pass and every change of adapters happens on it, since
+PEFT's active adapter is state of the shared model. It serves any causal architecture, and is the
+yardstick for faster engines.
+"""
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from qlorachat.adapted import AdaptedModel
+from qlorachat.adapters import Adapter, check_header
+from qlorachat.checkpoints import Checkpoint, linear_shapes, load_model, locate, read_tokenizer
+from qlorachat.config import EngineConfig
+from qlorachat.errors import EngineError, QlorachatError, QueueFull
+from qlorachat.protocols import ModelInfo
+from qlorachat.sampling import Sampler, likeliest
+from qlorachat.tokens import FinishReason, TokenEvent, TokenRequest
+
+log = logging.getLogger(__name__)
+
+PREFILL_CHUNK = 512  # tokens; between two chunks a request can be aborted
+
+Sink = Callable[[TokenEvent], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request, waiting or under way."""
+
+    request: TokenRequest
+    sink: Sink
+    aborted: bool = False  # set by abort()
+
+    def send(self, event: TokenEvent) -> None:
+        try:
+            self.sink(event)
+        except Exception:  # its receiver is gone; nobody else may suffer from that
+            log.warning("request %d has no receiver any more", self.request.request_id)
+            self.aborted = True
+
+    def fail(self, error: QlorachatError) -> None:
+        self.send(TokenEvent(self.request.request_id, error=error))
+
+
+@dataclass(slots=True, eq=False)
+class _Command:
+    """A change of the model's adapters."""
+
+    call: Callable[[], None]
+    done: "Future[None]" = field(default_factory=Future)
+
+    def run(self) -> None:
+        try:
+            self.call()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+    def fail(self, error: QlorachatError) -> None:
+        self.done.set_exception(error)
+
+
+class TransformersBackend:
+    """The Backend over a transformers model; see protocols.Backend for its methods."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Bring, check and load the model; adapter folders are held against its shapes first."""
+        assert config.model is not None, "ChatEngine settles the base model"
+        checkpoint = locate(config.model, revision=config.revision, offline=config.offline)
+        shapes = linear_shapes(checkpoint)
+        for folder in config.adapters.values():
+            check_header(Path(folder), shapes=shapes, base_name=checkpoint.name)
+        self.tokenizer = read_tokenizer(checkpoint.folder)
+        loaded = load_model(checkpoint, device=config.device, quantization=config.quantization)
+        self.info = ModelInfo(
+            name=checkpoint.name,
+            context_length=_context_length(checkpoint),
+            vocab_size=loaded.model.get_input_embeddings().weight.shape[0],
+            stop_ids=checkpoint.stop_ids,
+            sampling=checkpoint.generation,
+            chat_template=checkpoint.chat_template,
+            shapes=shapes,
+            device=loaded.device,
+            dtype=loaded.dtype,
+            quantization=loaded.quantization,
+            memory_bytes=loaded.memory_bytes,
+        )
+        self._model = AdaptedModel(loaded.model)
+        self._max_queue = config.max_queue
+        self._wake = threading.Condition()  # guards the four below
+        self._queue: deque[_Job | _Command] = deque()
+        self._jobs: dict[int, _Job] = {}  # waiting or under way
+        self._current: _Job | None = None
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="qlorachat-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._failure is None
+
+    def submit(self, request: TokenRequest, sink: Sink) -> None:
+        job = _Job(request, sink)
+        with self._wake:
+            self._refuse_if_dead()
+            if len(self._jobs) - (self._current is not None) >= self._max_queue:
+                raise QueueFull(f"{self._max_queue} requests are waiting already; try again later.")
+            self._jobs[request.request_id] = job
+            self._queue.append(job)
+            self._wake.notify()
+
+    def abort(self, request_id: int) -> None:
+        with self._wake:
+            if job := self._jobs.get(request_id):
+                job.aborted = True
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        command = _Command(lambda: self._model.attach(adapter))
+        self._enqueue(command, self._queue.appendleft)  # before what waits, after what runs
+
+    def unload_adapter(self, sha256: str) -> None:
+        command = _Command(lambda: self._model.detach(sha256))
+        self._enqueue(command, self._queue.append)  # after every request that may use it
+
+    def close(self) -> None:
+        self._die("The engine is closed.")
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _enqueue(self, command: _Command, put: Callable[[_Command], None]) -> None:
+        with self._wake:
+            self._refuse_if_dead()
+            put(command)
+            self._wake.notify()
+        command.done.result()
+
+    def _refuse_if_dead(self) -> None:
+        if self._failure is not None:
+            raise EngineError(self._failure)
+
+    def _die(self, failure: str) -> None:
+        """End all that waits with an error; the generation under way ends at its next token."""
+        with self._wake:
+            self._failure = self._failure or failure
+            waiting, self._queue = self._queue, deque()
+            for work in waiting:
+                work.fail(EngineError(self._failure))
+            self._wake.notify()
+
+    # On the model's thread
+
+    def _run(self) -> None:
+        try:
+            while (work := self._next()) is not None:
+                if isinstance(work, _Command):
+                    work.run()
+                else:
+                    self._generate(work)
+        except BaseException as error:
+            log.exception("the model's thread died")
+            self._die(f"The engine died of {type(error).__name__}: {error}. Start it again.")
+            if self._current is not None:
+                self._current.fail(EngineError(self._failure))
+
+    def _next(self) -> _Job | _Command | None:
+        """The next piece of work, once there is one; None once the backend is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._queue or self._failure)
+            if self._failure:
+                return None
+            work = self._queue.popleft()
+            self._current = work if isinstance(work, _Job) else None
+            return work
+
+    def _generate(self, job: _Job) -> None:
+        request = job.request
+        try:
+            with torch.inference_mode():
+                self._model.activate(request.adapter, request.adapter_scale)
+                for event in self._events(job):
+                    job.send(event)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            job.fail(
+                EngineError(
+                    f"Out of memory on {self.info.device} after a prompt of "
+                    f"{len(request.prompt)} tokens: shorten the dialog or lower max_tokens."
+                )
+            )
+        except EngineError as error:
+            job.fail(error)
+        with self._wake:
+            del self._jobs[request.request_id]
+            self._current = None
+
+    def _events(self, job: _Job) -> Iterator[TokenEvent]:
+        """Every event of a generation, one forward pass before each but the first."""
+        request = job.request
+        prompt = torch.tensor([request.prompt], device=self._model.device)
+        sampler = Sampler(request.sampling, prompt)
+        cache = DynamicCache(config=self._model.config)
+        for chunk in prompt.split(PREFILL_CHUNK, dim=1):
+            if self._stopping(job):
+                yield self._aborted(request)
+                return
+            logits = self._model.logits(chunk, cache)
+        for count in itertools.count(1):
+            token = sampler(logits)
+            event = _event(request, token, count, logits)
+            yield event
+            if event.finish is not None:
+                return
+            if self._stopping(job):
+                yield self._aborted(request)
+                return
+            logits = self._model.logits(prompt.new_tensor([[token]]), cache)
+
+    def _stopping(self, job: _Job) -> bool:
+        return job.aborted or self._failure is not None
+
+    def _aborted(self, request: TokenRequest) -> TokenEvent:
+        if self._failure is not None:
+            return TokenEvent(request.request_id, error=EngineError(self._failure))
+        return TokenEvent(request.request_id, finish=FinishReason.ABORTED)
+
+
+def _event(request: TokenRequest, token: int, count: int, logits: torch.Tensor) -> TokenEvent:
+    """The event of the `count`-th token of an answer; an end-of-turn token beats max_tokens."""
+    finish = None
+    if token in request.stop_ids:
+        finish = FinishReason.STOP
+    elif count == request.sampling.max_tokens:
+        finish = FinishReason.LENGTH
+    if request.sampling.logprobs is None:
+        return TokenEvent(request.request_id, token, finish)
+    logprob, top = likeliest(logits, token, request.sampling.logprobs)
+    return TokenEvent(request.request_id, token, finish, logprob=logprob, top=tuple(top))
+
+
+def _context_length(checkpoint: Checkpoint) -> int:
+    """Tokens that the checkpoint was made for; its text config where it has several."""
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    return int(config["max_position_embeddings"])

@@ -1,0 +1,119 @@
+"""An answer as it comes, for sync and for async callers; either can be closed at any token."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self
+
+from qlorachat.generation import Generation
+from qlorachat.messages import Delta, Reply
+from qlorachat.tokens import TokenEvent
+
+Sink = Callable[[TokenEvent], None]
+Start = Callable[[Sink], Generation]  # prepares, submits, and says what it started
+
+
+class ChatStream(Iterator[Delta]):
+    """Iterate for the deltas; `reply` is the whole so far ended answer.
+
+    Leaving it (`close`, a with block, or dropping it) stops the model within one token.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self._events: SimpleQueue[TokenEvent] = SimpleQueue()
+        self._generation = start(self._events.put)
+
+    def __next__(self) -> Delta:
+        while not self._generation.done:
+            if delta := self._generation.feed(self._events.get()):
+                return delta
+        raise StopIteration
+
+    @property
+    def reply(self) -> Reply:
+        """The answer; raises EngineError while it goes on or when it failed."""
+        return self._generation.reply()
+
+    def close(self) -> None:
+        """Stop the model within one token; `reply` holds the text until here."""
+        self._generation.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_generation"):
+            self.close()
+
+
+class AsyncChatStream(AsyncIterator[Delta]):
+    """As ChatStream, for async callers; the work before the first token is done off the loop."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._generation: Generation | None = None
+
+    async def open(self) -> None:
+        """Check and submit the request: what is wrong with it is raised here, before any delta."""
+        if self._generation is None:
+            loop = asyncio.get_running_loop()
+
+            def sink(event: TokenEvent) -> None:
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+            starting = asyncio.ensure_future(asyncio.to_thread(self._start, sink))
+            try:
+                self._generation = await asyncio.shield(starting)
+            except asyncio.CancelledError:  # the caller left; what the thread starts must end too
+                starting.add_done_callback(_close_started)
+                raise
+
+    async def __anext__(self) -> Delta:
+        await self.open()
+        assert self._generation is not None
+        while not self._generation.done:
+            if delta := self._generation.feed(await self._events.get()):
+                return delta
+        raise StopAsyncIteration
+
+    @property
+    def reply(self) -> Reply:
+        """The answer; raises EngineError while it goes on or when it failed."""
+        assert self._generation is not None, "the stream was never opened"
+        return self._generation.reply()
+
+    async def aclose(self) -> None:
+        """Stop the model within one token; `reply` holds the text until here."""
+        if self._generation is not None:
+            self._generation.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if self._generation is not None:
+            self._generation.close()
+
+
+def _close_started(starting: "asyncio.Future[Generation]") -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().close()

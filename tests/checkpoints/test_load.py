@@ -1,0 +1,254 @@
+"""Weights on a device: what is quantized, what is refused, and that no stranger's code runs."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from qlorachat.checkpoints import Checkpoint, Recipe, linear_shapes, load_model, locate
+from qlorachat.checkpoints.load import compute_dtype, resolve_device
+from qlorachat.checkpoints.memory import GIB, WORKING_BYTES, check_fits
+from qlorachat.checkpoints.quantization import estimate_memory
+from qlorachat.config import QuantizationChoice
+from qlorachat.errors import ModelError, UsageError
+
+
+def quantized_modules(model: Any) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def edit_config(folder: Path, **values: object) -> Checkpoint:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return locate(str(folder))
+
+
+def load(checkpoint: Checkpoint, quantization: QuantizationChoice = "auto") -> Any:
+    return load_model(checkpoint, device="cpu", quantization=quantization).model
+
+
+def test_shapes_are_those_of_the_weights(tiny_folder: Path) -> None:
+    shapes = linear_shapes(locate(str(tiny_folder)))
+    tensors = load_file(tiny_folder / "model.safetensors")
+    assert len(shapes) == 16
+    for name, shape in shapes.items():
+        stored = tuple(tensors[f"{name}.weight"].shape)
+        assert shape == (stored[::-1] if name == "model.embed_tokens" else stored), name
+
+
+def test_nf4_takes_every_linear_layer_but_the_head(tiny_folder: Path) -> None:
+    checkpoint = locate(str(tiny_folder))
+    loaded = load_model(checkpoint, device="auto", quantization="nf4")
+    linear = linear_shapes(checkpoint).keys() - {"lm_head", "model.embed_tokens"}
+    assert quantized_modules(loaded.model) == linear
+    assert loaded.quantization == "nf4+dq"
+    layer = loaded.model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype == torch.bfloat16
+    assert not loaded.model.training
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_sixteen_bit_takes_the_weights_as_they_are(tiny_folder: Path) -> None:
+    loaded = load_model(locate(str(tiny_folder)), device="cpu", quantization="16bit")
+    assert (loaded.device, loaded.dtype, loaded.quantization) == ("cpu", "bfloat16", "none")
+    for name, tensor in load_file(tiny_folder / "model.safetensors").items():
+        assert torch.equal(loaded.model.get_parameter(name), tensor)
+    assert loaded.memory_bytes >= (tiny_folder / "model.safetensors").stat().st_size * 0.9
+
+
+def test_auto_follows_the_checkpoints_recipe_and_nf4_does_not(tiny_folder: Path) -> None:
+    (tiny_folder / "qlorachat.json").write_text(
+        json.dumps({"quantization": {"skip_modules": ["model.layers.1"]}})
+    )
+    checkpoint = locate(str(tiny_folder))
+    loaded = load_model(checkpoint, device="cpu", quantization="auto")
+    assert loaded.quantization == "nf4+dq in 7 of 15 linear layers"
+    modules = quantized_modules(loaded.model)
+    assert len(modules) == 7
+    assert all(name.startswith("model.layers.0.") for name in modules)
+    assert len(quantized_modules(load(checkpoint, "nf4"))) == 14
+
+
+def test_layer_one_is_not_layers_ten_to_nineteen(demo_checkpoint: Checkpoint) -> None:
+    checkpoint = replace(demo_checkpoint, recipe=Recipe(("model.layers.1",)))
+    modules = quantized_modules(load(checkpoint))
+    assert len(modules) == 29 * 7
+    assert "model.layers.10.mlp.up_proj" in modules
+    assert "model.layers.1.mlp.up_proj" not in modules
+
+
+def test_the_demo_model_loads_as_its_recipe_asks_and_stays_tied(
+    demo_checkpoint: Checkpoint,
+) -> None:
+    loaded = load_model(demo_checkpoint, device="cpu", quantization="auto")
+    layers = {name.rsplit(".", 2)[0] for name in quantized_modules(loaded.model)}
+    assert len(layers) * 7 == len(quantized_modules(loaded.model))
+    skipped = set(demo_checkpoint.recipe.skip_modules)
+    every = {f"model.layers.{layer}" for layer in range(30)}
+    assert layers == every - skipped
+    assert loaded.quantization == f"nf4+dq in {7 * (30 - len(skipped))} of 211 linear layers"
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+
+
+def test_a_checkpoint_stored_in_four_bit_is_taken_as_it_is(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = load(locate(str(tiny_folder)), "nf4")
+    model.save_pretrained(tmp_path / "stored")
+    stored = locate(str(tmp_path / "stored"))
+    loaded = load_model(stored, device="cpu", quantization="auto")
+    assert loaded.quantization == "nf4+dq, as stored"
+    assert quantized_modules(loaded.model) == quantized_modules(model)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(loaded.model(ids).logits, model(ids).logits)
+    with pytest.raises(ModelError, match="is stored in 4 bit: take the original"):
+        load(stored, "16bit")
+
+
+def test_another_quantization_is_refused(tiny_folder: Path) -> None:
+    checkpoint = edit_config(tiny_folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match="is stored in the quantization `gptq`"):
+        load(checkpoint)
+
+
+def test_a_layer_of_gpt2s_kind_has_its_shape_and_is_quantized(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    checkpoint = locate(str(tmp_path))
+    assert linear_shapes(checkpoint)["transformer.h.0.attn.c_attn"] == (192, 64)
+    assert checkpoint.context_length == 32
+    assert len(quantized_modules(load(checkpoint, "nf4"))) == 4
+
+
+def unknown_type(folder: Path) -> Checkpoint:
+    return edit_config(folder, model_type="brandnew")
+
+
+def code_of_its_own(folder: Path) -> Checkpoint:
+    code = f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    (folder / "modeling.py").write_text(code)
+    auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    return edit_config(folder, model_type="brandnew", auto_map=auto_map)
+
+
+def no_text_model(folder: Path) -> Checkpoint:
+    return edit_config(folder, model_type="vit")
+
+
+def wrong_value(folder: Path) -> Checkpoint:
+    return edit_config(folder, num_hidden_layers="two")
+
+
+def wrong_shape(folder: Path) -> Checkpoint:
+    return edit_config(folder, intermediate_size=96)
+
+
+def more_layers(folder: Path) -> Checkpoint:
+    return edit_config(folder, num_hidden_layers=3)
+
+
+def no_head(folder: Path) -> Checkpoint:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return locate(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (unknown_type, "has model_type 'brandnew', which this version"),
+        (code_of_its_own, "brings its own code, which is never run"),
+        (no_text_model, r"\(model_type 'vit'\) writes no text from left to right"),
+        (wrong_value, r"The config\.json of .* is wrong"),
+        (wrong_shape, r"is \((128|64), (128|64)\) but config\.json asks for"),
+        (more_layers, r"lacks weights that its config\.json asks for \(9, first model\.layers\.2"),
+        (no_head, r"\(1, first lm_head\.weight\)"),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_line(
+    tiny_folder: Path, damage: Callable[[Path], Checkpoint], message: str
+) -> None:
+    checkpoint = damage(tiny_folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(checkpoint)
+    assert "\n" not in str(caught.value)
+    assert not (tiny_folder / "ran").exists()
+
+
+def test_code_beside_a_known_architecture_is_not_run(tiny_folder: Path) -> None:
+    checkpoint = code_of_its_own(tiny_folder)
+    checkpoint = edit_config(
+        tiny_folder,
+        model_type="llama",
+        _attn_implementation_internal="someone/kernel",
+        attn_implementation="someone/kernel",
+    )
+    model = load(checkpoint, "16bit")
+    assert type(model).__module__.startswith("transformers.models.llama")
+    assert model.config._attn_implementation == "sdpa"
+    assert not (tiny_folder / "ran").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:1", "mps", "", "cuda:-1"])
+def test_a_device_of_no_such_name_is_a_usage_error(device: str) -> None:
+    with pytest.raises(UsageError, match="The device is auto, cpu, cuda or cuda:N"):
+        resolve_device(device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_one_line(tiny_folder: Path) -> None:
+    with pytest.raises(ModelError, match="use --device cpu"):
+        load_model(locate(str(tiny_folder)), device="cuda", quantization="nf4")
+    assert resolve_device("auto") == torch.device("cpu")
+    assert compute_dtype(torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_model_too_big_is_told_what_it_needs_and_what_would_fit() -> None:
+    fits = 8 * GIB - WORKING_BYTES
+    check_fits("llama", "cuda:0", needed=fits, free=8 * GIB, smaller=None)
+    with pytest.raises(ModelError, match=r"needs about 14\.0 GiB on cuda:0, where 8\.0 GiB are fr"):
+        check_fits("llama", "cuda:0", needed=13 * GIB, free=8 * GIB, smaller=None)
+    with pytest.raises(ModelError, match=r"load it in 4 bit, which takes about 5\.0 GiB"):
+        check_fits("llama", "cuda:0", needed=13 * GIB, free=8 * GIB, smaller=4 * GIB)
+    with pytest.raises(ModelError, match="take a smaller model, or use --device cpu"):
+        check_fits("llama", "cuda:0", needed=13 * GIB, free=4 * GIB, smaller=4 * GIB)
+
+
+@pytest.mark.parametrize("quantization", ["auto", "nf4", "16bit"])
+def test_the_estimate_is_what_the_model_takes(
+    demo_checkpoint: Checkpoint, quantization: QuantizationChoice
+) -> None:
+    loaded = load_model(demo_checkpoint, device="cpu", quantization=quantization)
+    assert estimate_memory(demo_checkpoint, quantization) == pytest.approx(
+        loaded.memory_bytes, rel=0.01
+    )
+
+
+def test_the_known_noise_is_left_out_whoever_imports_first() -> None:
+    code = "import qlorachat.checkpoints, bitsandbytes"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    other = logger.makeRecord(logger.name, logging.WARNING, "f", 1, "Failed otherwise", (), None)
+    assert logger.filter(other)
+
+
+def test_loading_is_silent_where_stderr_is_no_terminal(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load(locate(str(tiny_folder)), "nf4")
+    assert capfd.readouterr() == ("", "")
