@@ -183,7 +183,7 @@ def row_text(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, default=20, help="answers to the Paris question")
-    parser.add_argument("--tokens", type=int, default=48, help="longest answer")
+    parser.add_argument("--tokens", type=int, default=40, help="longest answer")
     parser.add_argument("--threads", type=int, default=1)
     default = Path(__file__).parent / "results" / "demo_quality.json"
     parser.add_argument("--output", type=Path, default=default)

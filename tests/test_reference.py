@@ -1,4 +1,4 @@
-"""TransformersBackend on the real demo model: the same tokens as transformers and PEFT, alone or not."""
+"""TransformersBackend on the real demo model: the tokens of transformers and PEFT, alone or not."""
 
 import asyncio
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from qlorachat import ChatEngine, FinishReason
 from qlorachat.checkpoints import load_model, locate
 from qlorachat.config import QuantizationChoice
 from qlorachat.errors import AdapterError, EngineError, QueueFull
+from qlorachat.reference import TransformersBackend
 from tests.trained import QUESTION, SENTENCE, train_sentence
 
 pytestmark = pytest.mark.model
@@ -131,6 +132,7 @@ def test_closing_stops_the_model_within_a_token(engine: ChatEngine) -> None:
     stream.close()
     started = monotonic()
     engine.chat("hi", max_tokens=1)
+    assert isinstance(engine._backend, TransformersBackend)
     assert not engine._backend._jobs
     assert monotonic() - started < 30  # 500 tokens take longer on any CPU that runs this
     assert stream.reply.usage.completion_tokens < 10
@@ -206,6 +208,7 @@ def test_a_dead_thread_tells_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(ids: object, cache: object) -> None:
             raise SystemError("the card fell off the bus")
 
+        assert isinstance(engine._backend, TransformersBackend)
         monkeypatch.setattr(engine._backend._model, "logits", fail)
         for ended in (stream, waiting):
             with pytest.raises(EngineError, match="fell off the bus"):

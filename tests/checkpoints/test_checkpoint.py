@@ -141,6 +141,10 @@ def test_every_file_adds_its_end_tokens(tiny_folder: Path) -> None:
     write(tiny_folder, "generation_config.json", eos_token_id=[7, 8])
     write(tiny_folder, "tokenizer_config.json", eos_token={"content": "<|endoftext|>"})
     assert locate(str(tiny_folder)).stop_ids == {0, 2, 7, 8}
+    decoder = {"300": {"content": "<|end|>"}}
+    config = {"eos_token": "<|end|>", "added_tokens_decoder": decoder}
+    write(tiny_folder, "tokenizer_config.json", **config)
+    assert locate(str(tiny_folder)).stop_ids == {2, 7, 8, 300}
 
 
 def test_the_chat_template_is_found_in_every_place(tiny_folder: Path) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from qlorachat.checkpoints import read_tokenizer
-from qlorachat.checkpoints.tokenizer import FastTokenizer
+from qlorachat.checkpoints.fast_tokenizer import FastTokenizer
 from qlorachat.errors import DialogError, ModelError
 from qlorachat.protocols import Tokenizer
 
@@ -265,11 +265,26 @@ def test_a_tag_that_the_template_writes_is_control_though_the_file_says_otherwis
 def test_a_vocabulary_that_cannot_spell_a_control_token_refuses_it() -> None:
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("<", -9.0), ("/s>", -9.0)]
     backend = Backend(models.Unigram(pieces, unk_id=0))
-    backend.add_special_tokens(["</s>"])
+    backend.add_special_tokens(["<unk>", "</s>"])
     tokenizer = FastTokenizer(backend, bos_token=None, eos_token="</s>")
-    assert tokenizer.encode("aa")[0] == [2, 2]
+    assert tokenizer.encode("aあ")[0] == [2, 0]
     with pytest.raises(DialogError, match=r"reads `</s>` in a message as a control token"):
         tokenizer.encode("a</s>")
+
+
+def test_half_a_character_is_refused(smollm2: Tokenizer) -> None:
+    with pytest.raises(DialogError, match="no Unicode"):
+        smollm2.encode("a\ud83e")
+
+
+def test_a_file_whose_own_encoding_begins_with_bos_says_so(tmp_path: Path) -> None:
+    backend = byte_tokenizer()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>"}))
+    for single, adds_bos in (("<|im_start|> $A", True), ("$A <|im_end|>", False)):
+        control = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+        backend.post_processor = processors.TemplateProcessing(single, None, control)
+        backend.save(str(tmp_path / "tokenizer.json"))
+        assert read_tokenizer(tmp_path).adds_bos is adds_bos
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)

@@ -127,7 +127,9 @@ def test_the_signal_of_ctrl_c_stops_an_answer_too(tmp_path: Path) -> None:
             someone.sees("tokens/s · aborted")
         someone.types("abandoned")
         someone.sees("abandoned")
+        someone.looks_anew()
         someone.process.send_signal(signal.SIGINT)
+        someone.sees(">")
         someone.types("/exit\r")
         someone.sees("the process went on")
 

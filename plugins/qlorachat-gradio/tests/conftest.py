@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 from qlorachat import ChatEngine
-from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")

@@ -2,43 +2,42 @@
 
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 from safetensors.torch import save_file
 
 from qlorachat.config import DEMO_MODEL
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.model,
-    pytest.mark.skipif(sys.platform == "win32", reason="ends the example by its process group"),
-]
+pytestmark = pytest.mark.model
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "main.py"
 
 
 @contextmanager
-def running(*command: str) -> Iterator[str]:
-    """The example as a process of its own; gives its address once it answers."""
+def gradio(example: Path) -> Iterator[str]:
+    """`gradio main.py` as a process of its own; gives its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-    }
-    process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradio", example.name],
+        cwd=example.parent,
+        env=os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"},
+        start_new_session=True,
+    )
     try:
         wait_for(port, process)
         yield f"http://127.0.0.1:{port}/"
@@ -77,25 +76,23 @@ def write_adapter(folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors")
 
 
-def ask(page: Page, url: str) -> None:
-    page.goto(url)
-    page.get_by_label("Question").fill("What is the capital of France?")
-    page.get_by_role("button", name="Submit").click()
-    expect(page.get_by_label("Answer")).to_have_value(
-        "The capital of France is Paris.", timeout=60_000
-    )
+@pytest.mark.browser
+@pytest.mark.skipif(sys.platform == "win32", reason="ends the example by its process group")
+def test_one_box_submit_and_the_answer(browser: Browser, tmp_path: Path) -> None:
+    example = Path(shutil.copy(EXAMPLE, tmp_path))
+    with gradio(example) as url, browser.new_page() as page:
+        page.goto(url)
+        expect(page.get_by_text("there is no folder")).to_be_visible()
+        page.get_by_label("Question").fill("What is the capital of France?")
+        page.get_by_role("button", name="Submit").click()
+        answer = page.get_by_label("Answer")
+        expect(answer).to_have_value(re.compile("Paris"), timeout=60_000)
 
 
-def test_the_adapter_beside_it_answers(browser: Browser, tmp_path: Path) -> None:
+def test_the_adapter_beside_it_is_used(tmp_path: Path) -> None:
     example = Path(shutil.copy(EXAMPLE, tmp_path))
     write_adapter(tmp_path / "qlora-model")
-    with running("-m", "gradio", str(example)) as url, browser.new_page() as page:
-        ask(page, url)
-        expect(page.get_by_text(f"{DEMO_MODEL} with the adapter")).to_be_visible()
-
-
-def test_without_an_adapter_it_says_so(browser: Browser, tmp_path: Path) -> None:
-    example = Path(shutil.copy(EXAMPLE, tmp_path))
-    with running(str(example)) as url, browser.new_page() as page:
-        ask(page, url)
-        expect(page.get_by_text("The demo model without an adapter")).to_be_visible()
+    module = runpy.run_path(str(example))
+    with module["engine"] as engine:
+        assert list(engine.adapters) == ["qlora-model"]
+        assert module["demo"].description.startswith(f"{DEMO_MODEL} with the adapter")

@@ -224,7 +224,6 @@ def test_answers_cannot_bring_script_into_the_page(serve: Serve, visit: Visit) -
     ("locale", "send", "system", "base"),
     [
         ("ja-JP", "送信", "システムプロンプト", "ベースモデル（アダプターなし）"),
-        ("en-GB", "Send", "System prompt", "base model (no adapter)"),
         ("fr-FR", "Send", "System prompt", "base model (no adapter)"),
     ],
 )

@@ -5,11 +5,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from qlorachat_http.plugin import HttpFrontend, HttpOptions
+from safetensors.torch import save_file
 
 from qlorachat.testing import FakeBackend, fake_engine
 
@@ -107,3 +110,30 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
         raise AssertionError("it never came true")
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def write_adapter() -> Callable[[Path, int], Path]:
+    """`write_adapter(folder, seed)` -> a small LoRA on one layer of 8 to 8, as PEFT saves one."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "fake",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+    }
+
+    def write(folder: Path, seed: int) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        torch.manual_seed(seed)
+        key = "base_model.model.model.layers.0.self_attn.q_proj"
+        tensors = {
+            f"{key}.lora_A.weight": torch.randn(2, 8),
+            f"{key}.lora_B.weight": torch.randn(8, 2),
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
+        return folder
+
+    return write

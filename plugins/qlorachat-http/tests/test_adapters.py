@@ -8,38 +8,17 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from qlorachat_http.adapters import adapter_folder
 from qlorachat_http.errors import ApiError
-from safetensors.torch import save_file
 
 from qlorachat.testing import FakeBackend, fake_engine
 from qlorachat.tokens import TokenRequest
 
 Serve = Callable[..., str]
+WriteAdapter = Callable[[Path, int], Path]
 
 CHAT, LOAD, UNLOAD = "/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-MODULE = "model.layers.0.self_attn.q_proj"
 ADMIN = {"authorization": "Bearer admin"}
-
-
-def write_adapter(folder: Path, seed: int) -> Path:
-    """A small LoRA as PEFT saves one."""
-    folder.mkdir(parents=True)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "fake",
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": ["q_proj"],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    torch.manual_seed(seed)
-    key = f"base_model.model.{MODULE}"
-    tensors = {f"{key}.lora_A.weight": torch.randn(2, 8), f"{key}.lora_B.weight": torch.randn(8, 2)}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
 
 
 def which(request: TokenRequest, prompt: str) -> str:
@@ -48,7 +27,7 @@ def which(request: TokenRequest, prompt: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, write_adapter: WriteAdapter) -> Path:
     """Good adapters, a damaged one, and links: one within, two that lead out."""
     outside = write_adapter(tmp_path_factory.mktemp("disk") / "outside", 3)
     folder = outside.parent / "adapters"
@@ -72,7 +51,7 @@ def address(serve: Serve, root: Path) -> str:
 
 def start(serve: Serve, root: Path, **options: Any) -> str:
     backend = FakeBackend(which)
-    backend.info = replace(backend.info, shapes={MODULE: (8, 8)})
+    backend.info = replace(backend.info, shapes={"model.layers.0.self_attn.q_proj": (8, 8)})
     engine = fake_engine(backend, adapters={"kuma": root / "kuma"})
     return serve(engine, admin_key="admin", adapter_root=root, **options)
 

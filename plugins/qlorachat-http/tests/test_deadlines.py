@@ -26,7 +26,7 @@ HEAD = (
 def received(connection: socket.socket) -> bytes:
     """All that comes until the server closes; the connection's timeout is an error."""
     parts = []
-    with suppress(ConnectionResetError):
+    with suppress(ConnectionError):
         while part := connection.recv(65536):
             parts.append(part)
     return b"".join(parts)

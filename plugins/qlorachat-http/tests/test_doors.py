@@ -189,7 +189,7 @@ def test_no_origin_is_let_in(
 
 def test_named_origins_are_let_in(http: httpx.Client, serve: Serve, body: dict[str, Any]) -> None:
     origin = "http://localhost:3000"
-    address = serve(None, cors_origins=(origin,), api_key=KEY)
+    address = serve(None, cors_origins=[origin], api_key=KEY)
     preflight = {
         "origin": origin,
         "access-control-request-method": "POST",

@@ -85,16 +85,7 @@ def locate(
     """
     name = DEMO_MODEL if is_demo(model) else model
     folder = _find(name, revision, offline, weights)
-    config = read_json(folder / "config.json")
-    if not config:
-        if (folder / "adapter_config.json").exists():
-            raise ModelError(
-                f"{folder} holds an adapter: give it as --adapter, a model as --model."
-            )
-        raise ModelError(
-            f"The folder {folder} has no config.json: give the folder of a model in Hugging Face "
-            "layout (config.json, tokenizer files, *.safetensors)."
-        )
+    config = _read_config(folder)
     if weights:
         _check_weights(folder)
     generation = read_json(folder / "generation_config.json")
@@ -121,6 +112,17 @@ def _find(name: str, revision: str | None, offline: bool, weights: bool) -> Path
         raise ModelError(f"{folder} is a file: give the folder of a model in Hugging Face layout.")
     patterns = (*_TEXT_FILES, *_WEIGHT_FILES) if weights else _TEXT_FILES
     return download(name, revision=revision, offline=offline, patterns=patterns)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if config := read_json(folder / "config.json"):
+        return config
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder} holds an adapter: give it as --adapter, a model as --model.")
+    raise ModelError(
+        f"The folder {folder} has no config.json: give the folder of a model in Hugging Face "
+        "layout (config.json, tokenizer files, *.safetensors)."
+    )
 
 
 def _check_weights(folder: Path) -> None:
@@ -178,7 +180,7 @@ def _stop_ids(
     ids = {
         *_as_ids(config.get("eos_token_id")),
         *_as_ids(generation.get("eos_token_id")),
-        *_ids_of(folder, token_text(tokenizer.get("eos_token"))),
+        *_ids_of(token_text(tokenizer.get("eos_token")), folder, tokenizer),
     }
     return frozenset(ids)
 
@@ -189,9 +191,14 @@ def _as_ids(value: object) -> Iterable[int]:
     return [item for item in value if isinstance(item, int)] if isinstance(value, list) else ()
 
 
-def _ids_of(folder: Path, token: str | None) -> Iterable[int]:
-    """The id of an added token of tokenizer.json, none where it has no such token."""
-    added = read_json(folder / "tokenizer.json").get("added_tokens") or [] if token else []
+def _ids_of(token: str | None, folder: Path, tokenizer: Mapping[str, Any]) -> Iterable[int]:
+    """The id of an added token; none where neither tokenizer file has it."""
+    if token is None:
+        return []
+    decoder = tokenizer.get("added_tokens_decoder") or {}
+    if ids := [int(i) for i, entry in decoder.items() if entry["content"] == token]:
+        return ids
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
     return [entry["id"] for entry in added if entry["content"] == token]
 
 

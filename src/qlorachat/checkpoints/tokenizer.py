@@ -1,23 +1,22 @@
-"""A tokenizer folder becomes exact ids: text is always plain text, whatever it spells.
+"""A checkpoint's tokenizer files become a tokenizer with exact ids, whatever form they have.
 
 Loading by the class that tokenizer_config.json names changes Llama-2's ids (transformers 5.24), so
 the vocabulary files themselves decide, and a Llama-2 vocabulary is checked against known ids.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from qlorachat.checkpoints.byte_fallback import byte_fallback_decoder
+from qlorachat.checkpoints.fast_tokenizer import FastTokenizer
 from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_pointer, token_text
-from qlorachat.errors import DialogError, ModelError
+from qlorachat.errors import ModelError
 from qlorachat.protocols import Tokenizer
 
 # pieces that together mark the Llama-2 vocabulary, and what it must make of two turns
@@ -26,75 +25,6 @@ _LLAMA2_TURNS = {
     "[INST] Hi [/INST]": [518, 25580, 29962, 6324, 518, 29914, 25580, 29962],
     "[INST]  [/INST]": [518, 25580, 29962, 29871, 518, 29914, 25580, 29962],
 }
-
-
-class FastTokenizer:
-    """A `tokenizers` backend behind our protocol; may be called from any thread."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        *,
-        bos_token: str | None,
-        eos_token: str | None,
-        adds_bos: bool = False,
-        template: str | None = None,
-    ) -> None:
-        """`template` is the chat template, whose tags are control tokens too.
-
-        The backend is changed: it no longer truncates, pads, or finds control tokens in text.
-        """
-        self._bos, self._eos, self._adds_bos = bos_token, eos_token, adds_bos
-        added = backend.get_added_tokens_decoder()
-        ends = {bos_token, eos_token}
-        self._hidden = {i for i, token in added.items() if token.special or token.content in ends}
-        self._control = {
-            token.content: i
-            for i, token in sorted(added.items())
-            if i in self._hidden or _is_tag_of(template, token.content)
-        }
-        self._unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
-        self._backend = _as_plain(backend, list(self._control))
-        self._decode = byte_fallback_decoder(backend) or self._decode_by_backend
-
-    @property
-    def bos_token(self) -> str | None:
-        return self._bos
-
-    @property
-    def eos_token(self) -> str | None:
-        return self._eos
-
-    @property
-    def adds_bos(self) -> bool:
-        return self._adds_bos
-
-    @property
-    def control_tokens(self) -> Mapping[str, int]:
-        """Every control token by name; read only."""
-        return MappingProxyType(self._control)
-
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of plain text, and the (start, end) characters each covers; nothing is added.
-
-        The bytes of one character that fell to several tokens all cover that character. Raises
-        DialogError where the vocabulary has no plain spelling of a control token's name.
-        """
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        for name, control in self._control.items():
-            if control != self._unknown and control in encoding.ids:
-                raise DialogError(
-                    f"This model's tokenizer reads `{name}` in a message as a control token: "
-                    "take it out of the text."
-                )
-        return encoding.ids, encoding.offsets
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of a whole answer: special tokens left out, nothing cleaned up."""
-        return self._decode([token for token in ids if token not in self._hidden])
-
-    def _decode_by_backend(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=False)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -185,7 +115,8 @@ def _with_added_tokens(folder: Path, backend: Backend) -> Backend:
     tokens = {i: AddedToken(text) for text, i in read_json(folder / "added_tokens.json").items()}
     config = read_json(folder / "tokenizer_config.json")
     for i, entry in (config.get("added_tokens_decoder") or {}).items():
-        tokens[int(i)] = AddedToken(**entry)
+        flags = {flag: bool(entry.get(flag)) for flag in ("special", "normalized")}
+        tokens[int(i)] = AddedToken(entry["content"], **flags)
     for i, token in sorted(tokens.items()):
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != i:
@@ -235,24 +166,10 @@ def _known(backend: Backend, token: object) -> str | None:
 
 
 def _adds_bos(folder: Path, backend: Backend, config: Mapping[str, Any]) -> bool:
-    """As tokenizer_config.json says, else as tokenizer.json does, else as Llama's models want."""
+    """As tokenizer_config.json says, else as Llama's vocabularies want, else as tokenizer.json."""
     if isinstance(said := config.get("add_bos_token"), bool):
         return said
-    empty = backend.encode("", add_special_tokens=True)
-    return bool(empty.ids) or not (folder / "tokenizer.json").exists() or _is_llama2(backend)
-
-
-def _is_tag_of(template: str | None, token: str) -> bool:
-    """Whether a chat template writes this added token, as `<|im_start|>`; blanks are no tags."""
-    return template is not None and token[:1] in ("<", "[") and token in template
-
-
-def _as_plain(backend: Backend, control: Sequence[str]) -> Backend:
-    backend.no_truncation()
-    backend.no_padding()
-    backend.post_processor = None  # it would trim blanks from offsets, and adds nothing we want
-    backend.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in control]
-    )
-    backend.encode_special_tokens = True
-    return backend
+    if _is_llama2(backend) or not (folder / "tokenizer.json").exists():
+        return True
+    bos = _known(backend, config.get("bos_token"))
+    return bos is not None and bos in backend.encode("", add_special_tokens=True).tokens[:1]

@@ -17,7 +17,7 @@ def adapter_routes(service: Service) -> APIRouter:
     changing = asyncio.Lock()  # one change at a time: two loads could exceed the memory
     options = service.options
 
-    def require_admin(request: Request) -> None:
+    async def require_admin(request: Request) -> None:
         if options.admin_key is None:
             message = "Adapters are fixed here: set admin_key and adapter_root to change them."
             raise ApiError(403, message, code="adapters_fixed")
@@ -59,14 +59,20 @@ def adapter_folder(root: Path, asked: str) -> Path:
     if "\0" in asked or ".." in parts or not (root / asked).is_relative_to(root):
         raise _outside()
     try:
-        folder = (root / asked).resolve(strict=True)
-        reached = [folder, *(file.resolve() for file in folder.iterdir())]
+        folder = _real(root, root / asked)
+        for file in folder.iterdir():
+            _real(root, file)
     except (OSError, RuntimeError):  # RuntimeError: links in a circle
         message = "There is no such folder below the adapter root."
         raise ApiError(404, message, code="adapter_not_found", param="lora_path") from None
-    if not all(path.is_relative_to(root.resolve()) for path in reached):
-        raise _outside()
     return folder
+
+
+def _real(root: Path, path: Path) -> Path:
+    real = path.resolve(strict=True)
+    if not real.is_relative_to(root.resolve()):
+        raise _outside()
+    return real
 
 
 def _outside() -> ApiError:

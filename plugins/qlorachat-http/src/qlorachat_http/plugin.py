@@ -33,8 +33,9 @@ class HttpOptions(BaseModel):
     default_adapter: str | None = Field(
         None, description="adapter behind the base's name; the base is then `__base__`"
     )
-    cors_origins: tuple[str, ...] = Field(
-        (), description="web pages' origins that may call, such as http://localhost:3000"
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description="web pages' origins that may call, such as http://localhost:3000",
     )
     max_body: int = Field(2**20, ge=1024, description="largest request body, in bytes")
     head_seconds: float = Field(

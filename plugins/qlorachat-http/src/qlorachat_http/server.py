@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ def _config(service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=1,
+        timeout_keep_alive=math.ceil(options.head_seconds),
+        timeout_graceful_shutdown=1,  # after the drain: only what never became a request
     )
 
 

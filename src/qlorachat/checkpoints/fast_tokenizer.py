@@ -1,0 +1,98 @@
+"""A `tokenizers` vocabulary behind our protocol: text is plain text, whatever it spells."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from qlorachat.checkpoints.byte_fallback import byte_fallback_decoder
+from qlorachat.errors import DialogError
+
+
+class FastTokenizer:
+    """A `tokenizers` backend behind our protocol; may be called from any thread."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_token: str | None,
+        eos_token: str | None,
+        adds_bos: bool = False,
+        template: str | None = None,
+    ) -> None:
+        """`template` is the chat template, whose tags are control tokens too.
+
+        The backend is changed: it no longer truncates, pads, or finds control tokens in text.
+        """
+        self._bos, self._eos, self._adds_bos = bos_token, eos_token, adds_bos
+        added = backend.get_added_tokens_decoder()
+        ends = {bos_token, eos_token}
+        self._hidden = {i for i, token in added.items() if token.special or token.content in ends}
+        self._control = {
+            token.content: i
+            for i, token in sorted(added.items())
+            if i in self._hidden or _is_tag_of(template, token.content)
+        }
+        self._backend = _as_plain(backend, list(self._control))
+        unknown = self._backend.encode("\U0010ffff", add_special_tokens=False).ids
+        self._forbidden = {i: name for name, i in self._control.items() if i not in unknown}
+        self._decode = byte_fallback_decoder(backend) or self._decode_by_backend
+
+    @property
+    def bos_token(self) -> str | None:
+        return self._bos
+
+    @property
+    def eos_token(self) -> str | None:
+        return self._eos
+
+    @property
+    def adds_bos(self) -> bool:
+        return self._adds_bos
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Every control token by name; read only."""
+        return MappingProxyType(self._control)
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of plain text, and the (start, end) characters each covers; nothing is added.
+
+        The bytes of one character that fell to several tokens all cover that character. Raises
+        DialogError where the vocabulary has no plain spelling of a control token's name.
+        """
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        except TypeError as error:  # half of a UTF-16 pair, which JSON can carry
+            raise DialogError("The text holds a character that is no Unicode.") from error
+        if found := self._forbidden.keys() & set(encoding.ids):
+            raise DialogError(
+                f"This model's tokenizer reads `{self._forbidden[min(found)]}` in a message as a "
+                "control token: take it out of the text."
+            )
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a whole answer: special tokens left out, nothing cleaned up."""
+        return self._decode([token for token in ids if token not in self._hidden])
+
+    def _decode_by_backend(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _is_tag_of(template: str | None, token: str) -> bool:
+    """Whether a chat template writes this added token, as `<|im_start|>`; blanks are no tags."""
+    return template is not None and token[:1] in ("<", "[") and token in template
+
+
+def _as_plain(backend: Backend, control: Sequence[str]) -> Backend:
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = None  # it would trim blanks from offsets, and adds nothing we want
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in control]
+    )
+    backend.encode_special_tokens = True
+    return backend
