@@ -265,6 +265,15 @@ def test_a_full_queue_is_an_error_at_once() -> None:
             stream.close()
 
 
+def test_the_configs_sampling_takes_the_place_of_the_checkpoints() -> None:
+    with fake_engine(max_tokens=3, temperature=0.5) as engine:
+        assert engine.info.sampling.temperature == 0.5
+        assert engine.chat("abcdef").text == "abc"
+        assert engine.chat("abcdef", max_tokens=5).text == "abcde"
+    with pytest.raises(UsageError, match="temperature"):
+        fake_engine(temperature=9.0)
+
+
 def test_a_dead_backend_tells_everyone() -> None:
     backend = FakeBackend(lambda r, p: "a" * 1000, delay=0.005)
     with fake_engine(backend) as engine:

@@ -57,6 +57,13 @@ class EngineOptions(TypedDict, total=False):
     overflow: Overflow
     tags: Tags
     max_queue: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    max_tokens: int | None
+    seed: int | None
 
 
 class ChatOptions(TypedDict, total=False):
@@ -124,8 +131,11 @@ class ChatEngine:
         self._lock = threading.Lock()
         self._adapters: dict[str, LoadedAdapter] = {}
         check_template_name(self.config.template, self.plugins.templates())
+        self.config.sampling(SamplingParams())  # a wrong number is said before the model loads
         self._backend = self.plugins.open_backend(self.config)
         try:
+            sampling = self.config.sampling(self._backend.info.sampling)
+            self._info = replace(self._backend.info, sampling=sampling)
             self._choice = TemplateChoice(
                 self.plugins.templates(),
                 model_name=self.info.name,
@@ -196,7 +206,7 @@ class ChatEngine:
     @property
     def info(self) -> ModelInfo:
         """The base model: its name, context length, defaults, device and memory."""
-        return self._backend.info
+        return self._info
 
     @property
     def alive(self) -> bool:

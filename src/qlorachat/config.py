@@ -1,10 +1,12 @@
 """What an engine is opened with: frozen, checked once; the declaration behind flags and files."""
 
+from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlorachat.errors import ConfigError, suggest
+from qlorachat.tokens import SamplingParams
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -45,6 +47,20 @@ class EngineConfig(BaseModel):
         "refuse", description="messages that hold the format's control text, such as [INST]"
     )
     max_queue: int = Field(64, ge=1, description="requests that may wait; one more is refused")
+
+    # Defaults of a request, in place of the checkpoint's own; ranges as in SamplingParams
+    temperature: float | None = Field(None, description="0: always the likeliest token")
+    top_p: float | None = Field(None, description="only the likeliest tokens up to this share")
+    top_k: int | None = Field(None, description="only this many of the likeliest tokens")
+    min_p: float | None = Field(None, description="only tokens this likely beside the likeliest")
+    repetition_penalty: float | None = Field(None, description="above 1: repeat less")
+    max_tokens: int | None = Field(None, description="the longest answer, in tokens")
+    seed: int | None = Field(None, description="the same seed gives the same answer")
+
+    def sampling(self, checkpoint: SamplingParams) -> SamplingParams:
+        """The checkpoint's defaults with what is set here in their place."""
+        ours = {field.name: getattr(self, field.name, None) for field in fields(SamplingParams)}
+        return replace(checkpoint, **{name: v for name, v in ours.items() if v is not None})
 
 
 def check(model: type[T], values: dict[str, Any]) -> T:

@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -107,8 +107,18 @@ def test_200_slow_peers_keep_nobody_out(serve: Serve, connect: Connect, http: ht
     assert http.get(address + "/health", timeout=1).status_code == 200
 
 
+@pytest.fixture
+def narrow() -> Iterator[socket.socket]:
+    """A connection to be, whose end takes little."""
+    with socket.socket() as connection:
+        connection.settimeout(10)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        yield connection
+
+
 def test_a_reader_that_stops_reading_is_cut_off(
     serve: Serve,
+    narrow: socket.socket,
     http: httpx.Client,
     raw_post: RawPost,
     eventually: Eventually,
@@ -117,28 +127,27 @@ def test_a_reader_that_stops_reading_is_cut_off(
     backend = FakeBackend(lambda request, prompt: "x" * 500_000, delay=1e-6, context_length=2**20)
     address = serve(backend, stall_seconds=0.3)
     parts = httpx.URL(address)
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect((parts.host, parts.port))
-        connection.sendall(raw_post(body | {"stream": True, "max_tokens": 2**19}))
-        eventually(lambda: backend.running == 1)
-        other = http.post(address + "/v1/chat/completions", json=body | {"max_tokens": 1})
-        assert other.status_code == 200
-        eventually(lambda: backend.running == 0)
+    narrow.connect((parts.host, parts.port))
+    narrow.sendall(raw_post(body | {"stream": True, "max_tokens": 2**19}))
+    eventually(lambda: backend.running == 1)
+    other = http.post(address + "/v1/chat/completions", json=body | {"max_tokens": 1})
+    assert other.status_code == 200
+    eventually(lambda: backend.running == 0)
 
 
 def test_a_slow_reader_is_not_cut_off(
-    serve: Serve, connect: Connect, raw_post: RawPost, body: dict[str, Any]
+    serve: Serve, narrow: socket.socket, raw_post: RawPost, body: dict[str, Any]
 ) -> None:
-    backend = FakeBackend(lambda request, prompt: "x" * 500, delay=1e-6)
-    connection = connect(serve(backend, stall_seconds=0.2))
-    connection.sendall(raw_post(body | {"stream": True}))
+    backend = FakeBackend(lambda request, prompt: "x" * 2500, delay=1e-6, context_length=2**14)
+    address = httpx.URL(serve(backend, stall_seconds=0.4))
+    narrow.connect((address.host, address.port))
+    narrow.sendall(raw_post(body | {"stream": True, "max_tokens": 3000}))
     pause = threading.Event()
-    parts = [connection.recv(10_000)]
+    parts = [narrow.recv(65536)]
     while b"[DONE]" not in parts[-1]:
-        pause.wait(0.05)
-        parts.append(connection.recv(10_000))
-    assert b"".join(parts).count(b'{"content":"x"}') == 500
+        pause.wait(0.02)
+        parts.append(narrow.recv(65536))
+    assert b"".join(parts).count(b"chat.completion.chunk") == 2502
 
 
 def test_a_body_over_the_limit_is_413_and_not_read_on(serve: Serve, connect: Connect) -> None:

@@ -23,7 +23,9 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        rf"```{language}(?: \w+)?\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 @pytest.fixture(scope="module")

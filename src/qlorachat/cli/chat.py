@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from threading import Event
-from typing import Any
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -13,29 +12,12 @@ from qlorachat.errors import ConfigError
 from qlorachat.plugins import PluginHost
 
 FRONTEND = "cli"
-SAMPLING = (
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("max_tokens", "seed", "adapter_scale"),
-)
 
 
 class ChatSettings(EngineSettings):
     """Chat in the terminal; with a question, or input from a pipe, print the answer alone."""
 
     question: CliPositionalArg[str] = Field("", description="answer this and leave")
-    temperature: float | None = Field(None, description="0: always the likeliest token")
-    top_p: float | None = Field(None, description="only the likeliest tokens up to this share")
-    top_k: int | None = Field(None, description="only this many of the likeliest tokens")
-    min_p: float | None = Field(None, description="only tokens this likely beside the likeliest")
-    repetition_penalty: float | None = Field(None, description="above 1: repeat less")
-    max_tokens: int | None = Field(None, description="the longest answer, in tokens")
-    seed: int | None = Field(None, description="the same seed gives the same answer")
-    adapter_scale: float | None = Field(None, description="strength of the adapter, 0 to 2")
-
-    def sampling(self) -> dict[str, Any]:
-        """What was asked for; all else is the checkpoint's default."""
-        asked = {name: getattr(self, name) for name in SAMPLING}
-        return {name: value for name, value in asked.items() if value is not None}
 
 
 def chat(arguments: Sequence[str]) -> None:
@@ -61,7 +43,7 @@ def _answer(settings: ChatSettings, host: PluginHost) -> None:
 
     with ChatEngine(settings.engine_config(), plugins=host) as engine:
         adapter = next(iter(engine.adapters), None)
-        with engine.stream(question, adapter=adapter, **settings.sampling()) as stream:
+        with engine.stream(question, adapter=adapter) as stream:
             for delta in stream:
                 print(delta.text, end="", flush=True)
     print(flush=True)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from qlorachat import ModelInfo
 from qlorachat.errors import UnknownName, UsageError
-from qlorachat_cli import settings, tally
+from qlorachat_cli import settings
 from qlorachat_cli.conversation import Conversation, Draft
 from qlorachat_cli.storage import Chats
+from qlorachat_cli.tally import Tally, tally_lines
 from qlorachat_cli.texts import Texts
 
 SLASH = "/"
@@ -23,7 +24,7 @@ class Desk:
     adapters: tuple[str, ...]
     info: ModelInfo
     chats: Chats
-    tally: tally.Tally
+    tally: Tally
     texts: Texts
 
 
@@ -165,7 +166,7 @@ def _load(conversation: Conversation, argument: str, desk: Desk) -> Outcome:
 
 
 def _stats(conversation: Conversation, argument: str, desk: Desk) -> Outcome:
-    lines = tally.tally_lines(desk.tally, desk.info, conversation.adapter, desk.texts)
+    lines = tally_lines(desk.tally, desk.info, conversation.adapter, desk.texts)
     return Outcome(conversation, lines)
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Chats:
             _write_whole(path, SavedChat.of(conversation).model_dump_json(indent=1))
         except OSError as error:
             raise UsageError(f"{path} can't be written ({error.strerror}).") from None
-        return SavedChat.of(conversation).conversation(name)
+        return replace(conversation, name=name)
 
     def load(self, name: str) -> Conversation:
         """Read a chat back; UnknownName or UsageError in one line."""

@@ -78,7 +78,7 @@ class _Exchange:
 
 def request_id(sent: str) -> str:
     """The caller's own id where it is a plain word, else a new one."""
-    return sent if REQUEST_ID.search(sent) else uuid4().hex
+    return sent if REQUEST_ID.fullmatch(sent) else uuid4().hex
 
 
 def log_failure(error: Exception, where: str) -> None:

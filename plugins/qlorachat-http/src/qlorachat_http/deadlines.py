@@ -1,6 +1,7 @@
 """Deadlines on what a peer sends and takes: uvicorn waits for both without limit."""
 
 import asyncio
+import socket
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qlorachat_http.errors import ApiError
 
+SEND_BUFFER = 2**17  # bytes that the system holds for a slow reader, beside asyncio's 64 KiB
+
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
@@ -16,7 +19,7 @@ class Deadlines:
 
     head: float  # for headers, counted from the connection's or the last response's moment
     body: float
-    stall: float  # for a reader that takes nothing of what is written
+    stall: float  # for a reader that leaves the buffers full
 
 
 class PatientProtocol(H11Protocol):
@@ -27,6 +30,9 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start with the headers' deadline."""
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER
+        )
         self._phase: object = None  # h11's state of the peer that the deadline is for
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
@@ -51,7 +57,7 @@ class PatientProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The peer takes less than we write."""
         super().pause_writing()
-        self._await_progress()
+        self._stalled = self.loop.call_later(self.deadlines.stall, self.transport.abort)
 
     def resume_writing(self) -> None:
         """The peer has caught up."""
@@ -82,18 +88,6 @@ class PatientProtocol(H11Protocol):
         seconds = {h11.IDLE: self.deadlines.head, h11.SEND_BODY: self.deadlines.body}.get(phase)
         if seconds is not None:
             self._deadline = self.loop.call_later(seconds, self.transport.abort)
-
-    def _await_progress(self) -> None:
-        """Cut the connection unless its write buffer shrinks in time."""
-        before = self.transport.get_write_buffer_size()
-
-        def check() -> None:
-            if self.transport.get_write_buffer_size() < before:
-                self._await_progress()
-            else:
-                self.transport.abort()
-
-        self._stalled = self.loop.call_later(self.deadlines.stall, check)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:
