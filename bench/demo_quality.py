@@ -11,6 +11,7 @@ import json
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -162,8 +163,8 @@ def measure(subject: Subject, samples: int, tokens: int) -> Iterator[dict[str, A
             "paris_of": len(again) or None,
             "megabytes": round(subject.megabytes, 1),
             "tokens_per_second": round(speed, 1),
-            "answers": list(zip(questions, first, strict=True)),
-            "paris_answers": again,
+            "answers": dict(zip(QUESTIONS, first, strict=False)),
+            "paris_answers": Counter(again),
         }
 
 

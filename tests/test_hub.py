@@ -13,6 +13,7 @@ import pytest
 
 from qlorachat import hub
 from qlorachat.checkpoints import locate
+from qlorachat.checkpoints.demo import SAMPLING, SKIP_MODULES
 from qlorachat.errors import HubError, ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -169,6 +170,17 @@ def test_hf_hub_offline_asks_nothing(small_hub: list[str], monkeypatch: pytest.M
     with pytest.raises(HubError, match=r"the hub is not asked \(--offline or HF_HUB_OFFLINE\)"):
         download()
     assert small_hub == []
+
+
+def test_the_demo_model_from_the_hub_has_its_own_settings(
+    small_hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlorachat.checkpoints.checkpoint.DEMO_MODEL", "someone/model")
+    monkeypatch.setattr("qlorachat.checkpoints.checkpoint.find_gguf", lambda: None)
+    checkpoint = locate("demo", weights=False)
+    assert checkpoint.revision == COMMIT
+    assert checkpoint.generation.temperature == SAMPLING["temperature"]
+    assert checkpoint.recipe.skip_modules == SKIP_MODULES
 
 
 def test_locate_brings_texts_alone_unless_weights_are_wanted(small_hub: list[str]) -> None:

@@ -37,7 +37,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(trained: Path, other: Path) -> Iterator[ChatEngine]:
-    with ChatEngine("smollm2", adapters={"zunda": trained, "other": other}) as engine:
+    with ChatEngine("smollm2", backend="transformers", adapters={"zunda": trained, "other": other}) as engine:
         yield engine
 
 

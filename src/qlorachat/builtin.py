@@ -19,9 +19,9 @@ def register_templates(register: Callable[[Template], None]) -> None:
 @hookimpl(trylast=True)
 def open_backend(config: EngineConfig) -> Backend:
     # deferred: torch and transformers take seconds to import, and plugins may decide otherwise
-    from qlorachat.reference import TransformersBackend
+    from qlorachat import backends
 
-    return TransformersBackend(config)
+    return backends.open_backend(config)
 
 
 @hookimpl(trylast=True)

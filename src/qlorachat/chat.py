@@ -15,6 +15,7 @@ from typing import Any, Self, TypedDict, Unpack
 from qlorachat.adapters import Adapter, base_model_of, read_adapter
 from qlorachat.config import (
     DEMO_MODEL,
+    BackendChoice,
     EngineConfig,
     Overflow,
     QuantizationChoice,
@@ -25,6 +26,7 @@ from qlorachat.errors import (
     AdapterError,
     ConfigError,
     ContextOverflow,
+    DialogError,
     UnknownName,
     UsageError,
     suggest,
@@ -52,6 +54,10 @@ class EngineOptions(TypedDict, total=False):
     offline: bool
     device: str
     quantization: QuantizationChoice
+    backend: BackendChoice
+    memory: str | None
+    max_sequences: int
+    max_adapters: int
     template: str | None
     system: str | None
     overflow: Overflow
@@ -180,6 +186,8 @@ class ChatEngine:
         tokenizer = self._backend.tokenizer
         ids, _ = tokenizer.encode(text)
         start = [tokenizer.control_tokens[tokenizer.bos_token or ""]] if tokenizer.adds_bos else []
+        if not start and not ids:
+            raise DialogError("The prompt is empty: there is nothing to complete.", param="prompt")
         return Prompt(text, (*start, *ids), (False,) * (len(start) + len(ids)))
 
     def load_adapter(self, name: str, reference: str | Path, *, replace: bool = False) -> None:

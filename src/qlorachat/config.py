@@ -13,6 +13,7 @@ T = TypeVar("T", bound=BaseModel)
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 QuantizationChoice = Literal["auto", "nf4", "16bit"]
+BackendChoice = Literal["auto", "paged", "transformers"]
 Overflow = Literal["error", "drop_oldest_turns"]
 Tags = Literal["refuse", "allow"]
 
@@ -38,6 +39,16 @@ class EngineConfig(BaseModel):
         description="auto: as the checkpoint asks, else nf4; nf4: every linear layer in NF4 with "
         "double quantization; 16bit: none",
     )
+    backend: BackendChoice = Field(
+        "auto",
+        description="paged: many requests and adapters at once, Llama family; transformers: any "
+        "architecture, one request at a time; auto: paged wherever it can serve",
+    )
+    memory: str | None = Field(
+        None, description="what the engine may take, such as 12GiB or 0.8; default: nearly all"
+    )
+    max_sequences: int = Field(64, ge=1, le=128, description="requests that run at once")
+    max_adapters: int = Field(8, ge=1, le=64, description="adapters on the device at once")
     template: str | None = Field(None, description="prompt format; default: the checkpoint's own")
     system: str | None = Field(None, description="system prompt for dialogs that bring none")
     overflow: Overflow = Field(

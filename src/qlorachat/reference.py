@@ -12,17 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache
 
 from qlorachat.adapted import AdaptedModel
-from qlorachat.adapters import Adapter, check_header
-from qlorachat.checkpoints import Checkpoint, linear_shapes, load_model, locate, read_tokenizer
-from qlorachat.config import EngineConfig
-from qlorachat.errors import EngineError, QlorachatError, QueueFull
-from qlorachat.protocols import ModelInfo
+from qlorachat.adapters import Adapter
+from qlorachat.errors import EngineError, OutOfMemory, QlorachatError, QueueFull
+from qlorachat.opening import OpenedModel
 from qlorachat.sampling import Sampler, likeliest
 from qlorachat.tokens import FinishReason, TokenEvent, TokenRequest
 
@@ -74,30 +71,12 @@ class _Command:
 class TransformersBackend:
     """The Backend over a transformers model; see protocols.Backend for its methods."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Bring, check and load the model; adapter folders are held against its shapes first."""
-        assert config.model is not None, "ChatEngine settles the base model"
-        checkpoint = locate(config.model, revision=config.revision, offline=config.offline)
-        shapes = linear_shapes(checkpoint)
-        for folder in config.adapters.values():
-            check_header(Path(folder), shapes=shapes, base_name=checkpoint.name)
-        self.tokenizer = read_tokenizer(checkpoint.folder)
-        loaded = load_model(checkpoint, device=config.device, quantization=config.quantization)
-        self.info = ModelInfo(
-            name=checkpoint.name,
-            context_length=_context_length(checkpoint),
-            vocab_size=loaded.model.get_input_embeddings().weight.shape[0],
-            stop_ids=checkpoint.stop_ids,
-            sampling=checkpoint.generation,
-            chat_template=checkpoint.chat_template,
-            shapes=shapes,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            quantization=loaded.quantization,
-            memory_bytes=loaded.memory_bytes,
-        )
-        self._model = AdaptedModel(loaded.model)
-        self._max_queue = config.max_queue
+    def __init__(self, opened: OpenedModel, *, max_queue: int = 64) -> None:
+        """Serve an opened model; `max_queue` requests may wait."""
+        self.tokenizer = opened.tokenizer
+        self.info = opened.info
+        self._model = AdaptedModel(opened.model)
+        self._max_queue = max_queue
         self._wake = threading.Condition()  # guards the four below
         self._queue: deque[_Job | _Command] = deque()
         self._jobs: dict[int, _Job] = {}  # waiting or under way
@@ -193,7 +172,7 @@ class TransformersBackend:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             job.fail(
-                EngineError(
+                OutOfMemory(
                     f"Out of memory on {self.info.device} after a prompt of "
                     f"{len(request.prompt)} tokens: shorten the dialog or lower max_tokens."
                 )
@@ -246,9 +225,3 @@ def _event(request: TokenRequest, token: int, count: int, logits: torch.Tensor) 
         return TokenEvent(request.request_id, token, finish)
     logprob, top = likeliest(logits, token, request.sampling.logprobs)
     return TokenEvent(request.request_id, token, finish, logprob=logprob, top=tuple(top))
-
-
-def _context_length(checkpoint: Checkpoint) -> int:
-    """Tokens that the checkpoint was made for; its text config where it has several."""
-    config = checkpoint.config.get("text_config", checkpoint.config)
-    return int(config["max_position_embeddings"])

@@ -162,6 +162,7 @@ class FakePlugin:
 
 def fake_engine(
     backend: Backend | None = None,
+    /,
     *,
     plugins: PluginHost | None = None,
     **options: Unpack[EngineOptions],

@@ -24,16 +24,14 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture
-def tiny_folder(tmp_path: Path) -> Path:
-    """A whole checkpoint folder: a random Llama of two layers with a byte tokenizer."""
-    folder = tmp_path / "tiny"
+def write_folder(folder: Path, *, layers: int) -> Path:
+    """A whole checkpoint folder: a random Llama with a byte tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -45,3 +43,8 @@ def tiny_folder(tmp_path: Path) -> Path:
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return folder
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "tiny", layers=2)

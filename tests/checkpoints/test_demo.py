@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from qlorachat.checkpoints import Checkpoint, list_entries, read_tokenizer
+from qlorachat.checkpoints import Checkpoint, list_entries, locate, read_tokenizer
 from qlorachat.checkpoints.convert import GgufLlama, write_checkpoint
 from qlorachat.checkpoints.demo import find_gguf
 
@@ -68,40 +68,58 @@ def test_the_demo_model_is_whole(demo_checkpoint: Checkpoint) -> None:
     assert "lm_head.weight" not in tensors
 
 
-def convert(cache: Path) -> "subprocess.Popen[str]":
-    code = "from qlorachat.checkpoints import locate; print(locate('demo').folder)"
+def start_conversion(cache: Path) -> "subprocess.Popen[bytes]":
+    code = "from qlorachat.checkpoints import locate; locate('demo')"
     environment = {**os.environ, "QLORACHAT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return subprocess.Popen([sys.executable, "-c", code], env=environment)
 
 
 def test_a_conversion_killed_while_it_writes_is_done_again(
-    tmp_path: Path, demo_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    demo_checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    killed = convert(tmp_path)
-    with killed:
+    with start_conversion(tmp_path) as killed:
         while not list(tmp_path.glob("models/*.tmp-*/model.safetensors")):
-            assert killed.poll() is None, killed.stderr and killed.stderr.read()
+            assert killed.poll() is None
             time.sleep(0.002)
         killed.kill()
     monkeypatch.setenv("QLORACHAT_CACHE", str(tmp_path))
-    assert all(".tmp-" in entry.name for entry in list_entries())
+    assert [".tmp-" in entry.name for entry in list_entries()] == [True]
 
-    said, progress = convert(tmp_path).communicate(timeout=120)
-    folder = Path(said.strip())
+    folder = locate("demo").folder
     assert [entry.path for entry in list_entries()] == [folder]
-    assert "Converting the demo model once" in progress
+    assert "Converting the demo model once" in capsys.readouterr().err
     assert folder.name == demo_checkpoint.folder.name
     for file in demo_checkpoint.folder.iterdir():
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
 
-    said, progress = convert(tmp_path).communicate(timeout=120)
-    assert (Path(said.strip()), progress) == (folder, "")
+    assert locate("demo").folder == folder
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tied=True)
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from qlorachat.checkpoints.demo import converted_demo
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    converted_demo(Path(sys.argv[1]))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "tiny.gguf")]
+    environment = {**os.environ, "QLORACHAT_CACHE": str(tmp_path / "cache")}
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert said.stdout.startswith("ModelError The cache folder")
+    assert "set QLORACHAT_CACHE to another folder" in said.stdout
+    assert said.stdout.count("\n") == 1
+    assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
 
 def test_the_gguf_is_found_without_importing_its_package() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,14 +14,23 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from qlorachat.checkpoints import Checkpoint, Recipe, linear_shapes, load_model, locate
+from qlorachat.checkpoints import (
+    Checkpoint,
+    LoadedModel,
+    Recipe,
+    linear_shapes,
+    load_model,
+    locate,
+)
 from qlorachat.checkpoints.load import compute_dtype, resolve_device
-from qlorachat.checkpoints.memory import GIB, WORKING_BYTES, check_fits
+from qlorachat.checkpoints.memory import GIB, WORKING_BYTES, fits, too_big
 from qlorachat.checkpoints.quantization import estimate_memory
 from qlorachat.config import QuantizationChoice
 from qlorachat.errors import ModelError, UsageError
+
+from .conftest import write_folder
 
 
 def quantized_modules(model: Any) -> set[str]:
@@ -82,25 +92,59 @@ def test_auto_follows_the_checkpoints_recipe_and_nf4_does_not(tiny_folder: Path)
     assert len(quantized_modules(load(checkpoint, "nf4"))) == 14
 
 
-def test_layer_one_is_not_layers_ten_to_nineteen(demo_checkpoint: Checkpoint) -> None:
-    checkpoint = replace(demo_checkpoint, recipe=Recipe(("model.layers.1",)))
-    modules = quantized_modules(load(checkpoint))
-    assert len(modules) == 29 * 7
+def test_layer_one_is_not_layers_ten_to_nineteen(tmp_path: Path) -> None:
+    checkpoint = locate(str(write_folder(tmp_path / "deep", layers=12)))
+    modules = quantized_modules(load(replace(checkpoint, recipe=Recipe(("model.layers.1",)))))
+    assert len(modules) == 11 * 7
     assert "model.layers.10.mlp.up_proj" in modules
     assert "model.layers.1.mlp.up_proj" not in modules
 
 
+@pytest.fixture(scope="module")
+def demo(demo_checkpoint: Checkpoint) -> LoadedModel:
+    return load_model(demo_checkpoint, device="cpu", quantization="auto")
+
+
 def test_the_demo_model_loads_as_its_recipe_asks_and_stays_tied(
-    demo_checkpoint: Checkpoint,
+    demo: LoadedModel, demo_checkpoint: Checkpoint
 ) -> None:
-    loaded = load_model(demo_checkpoint, device="cpu", quantization="auto")
-    layers = {name.rsplit(".", 2)[0] for name in quantized_modules(loaded.model)}
-    assert len(layers) * 7 == len(quantized_modules(loaded.model))
+    layers = {name.rsplit(".", 2)[0] for name in quantized_modules(demo.model)}
     skipped = set(demo_checkpoint.recipe.skip_modules)
     every = {f"model.layers.{layer}" for layer in range(30)}
     assert layers == every - skipped
-    assert loaded.quantization == f"nf4+dq in {7 * (30 - len(skipped))} of 211 linear layers"
-    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert demo.quantization == f"nf4+dq in {7 * (30 - len(skipped))} of 211 linear layers"
+    assert demo.model.lm_head.weight is demo.model.model.embed_tokens.weight
+
+
+def test_the_estimate_is_what_the_model_takes(
+    demo: LoadedModel, demo_checkpoint: Checkpoint
+) -> None:
+    assert estimate_memory(demo_checkpoint, "auto") == pytest.approx(demo.memory_bytes, rel=0.01)
+    assert estimate_memory(demo_checkpoint, "16bit") == pytest.approx(269e6, rel=0.01)
+    assert estimate_memory(demo_checkpoint, "nf4") < 115e6
+
+
+def test_the_demo_models_first_answer_names_paris(
+    demo: LoadedModel, demo_checkpoint: Checkpoint
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint.folder)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        [question] * 20, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    torch.manual_seed(0)
+    sampling = demo_checkpoint.generation
+    ids = demo.model.generate(
+        **prompt,
+        max_new_tokens=8,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+    )
+    answers = tokenizer.batch_decode(ids[:, prompt["input_ids"].shape[1] :])
+    assert sum("Paris" in answer for answer in answers) >= 19, answers
 
 
 def test_a_checkpoint_stored_in_four_bit_is_taken_as_it_is(
@@ -217,25 +261,26 @@ def test_cuda_where_there_is_none_is_one_line(tiny_folder: Path) -> None:
     assert compute_dtype(torch.device("cpu")) == torch.bfloat16
 
 
-def test_a_model_too_big_is_told_what_it_needs_and_what_would_fit() -> None:
-    fits = 8 * GIB - WORKING_BYTES
-    check_fits("llama", "cuda:0", needed=fits, free=8 * GIB, smaller=None)
-    with pytest.raises(ModelError, match=r"needs about 14\.0 GiB on cuda:0, where 8\.0 GiB are fr"):
-        check_fits("llama", "cuda:0", needed=13 * GIB, free=8 * GIB, smaller=None)
-    with pytest.raises(ModelError, match=r"load it in 4 bit, which takes about 5\.0 GiB"):
-        check_fits("llama", "cuda:0", needed=13 * GIB, free=8 * GIB, smaller=4 * GIB)
-    with pytest.raises(ModelError, match="take a smaller model, or use --device cpu"):
-        check_fits("llama", "cuda:0", needed=13 * GIB, free=4 * GIB, smaller=4 * GIB)
-
-
-@pytest.mark.parametrize("quantization", ["auto", "nf4", "16bit"])
-def test_the_estimate_is_what_the_model_takes(
-    demo_checkpoint: Checkpoint, quantization: QuantizationChoice
+@pytest.mark.parametrize(
+    ("needed", "free", "smaller", "advice"),
+    [
+        (13, 8, None, r"needs about 14\.0 GiB on cuda:0, where 8\.0 GiB are free: close other"),
+        (13, 8, 4, r"load it in 4 bit, which takes about 5\.0 GiB"),
+        (13, 4, 4, "take a smaller model, or use --device cpu"),
+    ],
+)
+def test_a_model_too_big_is_told_what_it_needs_and_what_would_fit(
+    needed: int, free: int, smaller: int | None, advice: str
 ) -> None:
-    loaded = load_model(demo_checkpoint, device="cpu", quantization=quantization)
-    assert estimate_memory(demo_checkpoint, quantization) == pytest.approx(
-        loaded.memory_bytes, rel=0.01
-    )
+    small = None if smaller is None else smaller * GIB
+    assert not fits(needed * GIB, free * GIB)
+    error = too_big("llama", "cuda:0", needed=needed * GIB, free=free * GIB, smaller=small)
+    assert re.search(advice, str(error))
+
+
+def test_room_to_work_counts_too() -> None:
+    assert fits(8 * GIB - WORKING_BYTES, 8 * GIB)
+    assert not fits(8 * GIB - WORKING_BYTES + 1, 8 * GIB)
 
 
 def test_the_known_noise_is_left_out_whoever_imports_first() -> None:

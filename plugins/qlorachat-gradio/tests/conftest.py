@@ -1,5 +1,6 @@
 """Fixtures of the page's tests: the page served on a free port, and Chromium."""
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -8,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
+from safetensors.torch import save_file
 
 from qlorachat import ChatEngine
+from qlorachat.testing import fake_engine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
+MODULE = "model.layers.0.self_attn.q_proj"
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 
@@ -39,11 +44,51 @@ def served(engine: ChatEngine, **options: Any) -> Iterator[str]:
         assert not thread.is_alive(), "the page outlived its stop"
 
 
+@pytest.fixture(scope="module")
+def resident() -> Iterator[str]:
+    """The address of one page that many tests ask."""
+    with fake_engine() as engine, served(engine) as url:
+        yield url
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[..., str]]:
-    """`serve(engine, **options)` serves a page until the test ends, and gives its address."""
+def pages() -> Iterator[ExitStack]:
+    """The pages that a test serves; closing it ends them."""
     with ExitStack() as stack:
-        yield lambda engine, **options: stack.enter_context(served(engine, **options))
+        yield stack
+
+
+@pytest.fixture
+def serve(pages: ExitStack) -> Callable[..., str]:
+    """`serve(engine, **options)` serves a page until the test ends, and gives its address."""
+    return lambda engine, **options: pages.enter_context(served(engine, **options))
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """`make_adapter(name, out_features, in_features)`: a LoRA that hardly changes a model."""
+
+    def make(name: str, out_features: int, in_features: int, base: str = "fake") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": 2,
+            "lora_alpha": 2,
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0],
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        weights = {
+            f"base_model.model.{MODULE}.lora_A.weight": torch.full((2, in_features), 1e-3),
+            f"base_model.model.{MODULE}.lora_B.weight": torch.full((out_features, 2), 1e-3),
+        }
+        save_file(weights, folder / "adapter_model.safetensors")
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from qlorachat_gradio.dialog import Dialog, before_last_question, shown, with_turn
-from qlorachat_gradio.settings import SAMPLING, chat_options
+from qlorachat_gradio.settings import chat_options, presets
 
 from qlorachat import SamplingParams
 
@@ -42,8 +42,13 @@ def test_indents_survive_the_chatbot() -> None:
 
 
 def settings(**changed: Any) -> dict[str, Any]:
-    preset = {name: getattr(SamplingParams(), name) for name in SAMPLING}
-    return {**preset, "adapter": "", "adapter_scale": 1, "drop_oldest": False, **changed}
+    return {
+        **presets(SamplingParams()),
+        "adapter": "",
+        "adapter_scale": 1,
+        "drop_oldest": False,
+        **changed,
+    }
 
 
 def test_untouched_settings_ask_for_nothing() -> None:
@@ -69,3 +74,11 @@ def test_changed_settings_are_asked_for() -> None:
 
 def test_a_cleared_number_is_the_preset() -> None:
     assert "max_tokens" not in chat_options(settings(max_tokens=None), SamplingParams())
+
+
+@pytest.mark.parametrize(("preset", "chosen", "asked"), [(None, -1, None), (None, 0, 0), (7, 8, 8)])
+def test_a_seed_is_asked_for_when_chosen(
+    preset: int | None, chosen: int, asked: int | None
+) -> None:
+    options = chat_options(settings(seed=chosen), SamplingParams(seed=preset))
+    assert options.get("seed") == asked

@@ -1,6 +1,5 @@
 """examples/main.py as people run it: one box, Submit, and the answer of the real demo model."""
 
-import json
 import os
 import re
 import runpy
@@ -10,14 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from playwright.sync_api import Browser, expect
-from safetensors.torch import save_file
 
 from qlorachat.config import DEMO_MODEL
 
@@ -55,27 +52,6 @@ def wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
     pytest.fail(f"the example ended with {process.returncode}")
 
 
-def write_adapter(folder: Path) -> None:
-    """An adapter for the demo model that hardly changes it."""
-    folder.mkdir()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": DEMO_MODEL,
-        "r": 2,
-        "lora_alpha": 2,
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [0],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    module = "base_model.model.model.layers.0.self_attn.q_proj"
-    weights = {
-        f"{module}.lora_A.weight": torch.full((2, 576), 1e-3),
-        f"{module}.lora_B.weight": torch.full((576, 2), 1e-3),
-    }
-    save_file(weights, folder / "adapter_model.safetensors")
-
-
 @pytest.mark.browser
 @pytest.mark.skipif(sys.platform == "win32", reason="ends the example by its process group")
 def test_one_box_submit_and_the_answer(browser: Browser, tmp_path: Path) -> None:
@@ -89,9 +65,9 @@ def test_one_box_submit_and_the_answer(browser: Browser, tmp_path: Path) -> None
         expect(answer).to_have_value(re.compile("Paris"), timeout=60_000)
 
 
-def test_the_adapter_beside_it_is_used(tmp_path: Path) -> None:
+def test_the_adapter_beside_it_is_used(tmp_path: Path, make_adapter: Callable[..., Path]) -> None:
     example = Path(shutil.copy(EXAMPLE, tmp_path))
-    write_adapter(tmp_path / "qlora-model")
+    make_adapter("qlora-model", 576, 576, base=DEMO_MODEL)
     module = runpy.run_path(str(example))
     with module["engine"] as engine:
         assert list(engine.adapters) == ["qlora-model"]

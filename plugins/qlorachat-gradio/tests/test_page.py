@@ -3,6 +3,9 @@
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -98,6 +101,18 @@ def test_a_closed_tab_ends_the_model(serve: Serve, visit: Visit) -> None:
         ask(page, "Laugh!")
         expect(page.get_by_test_id("bot").last).to_contain_text("ha ha")
         page.close()
+        until(lambda: backend.running == 0)
+
+
+def test_the_page_ends_though_somebody_reads_it(
+    serve: Serve, visit: Visit, pages: ExitStack
+) -> None:
+    backend = FakeBackend(endless, delay=0.02)
+    with fake_engine(backend) as engine:
+        page = visit(serve(engine))
+        ask(page, "Laugh!")
+        expect(page.get_by_test_id("bot").last).to_contain_text("ha ha")
+        pages.close()
         until(lambda: backend.running == 0)
 
 
@@ -205,6 +220,40 @@ def test_settings_reach_the_model(serve: Serve, visit: Visit) -> None:
         expect(page.locator("#send")).to_be_visible()
         assert (seen[0].sampling.temperature, seen[0].sampling.seed) == (1.25, 42)
         assert seen[0].sampling.top_p == engine.info.sampling.top_p
+
+
+def test_an_adapter_is_chosen_by_name_and_strength(
+    serve: Serve, visit: Visit, make_adapter: Callable[..., Path]
+) -> None:
+    def adapter(request: TokenRequest, prompt: str) -> str:
+        return f"{bool(request.adapter)} {request.adapter_scale}"
+
+    backend = FakeBackend(adapter)
+    backend.info = replace(backend.info, shapes={"model.layers.0.self_attn.q_proj": (4, 4)})
+    with fake_engine(backend, adapters={"zundamon": make_adapter("zundamon", 4, 4)}) as engine:
+        page = visit(serve(engine))
+        menu = page.get_by_label("Adapter")
+        expect(menu).to_have_value("zundamon")
+        page.get_by_label("number input for Strength").fill("1.5")
+        ask(page, "Who?")
+        expect_answered(page, "True 1.5")
+
+        menu.click()
+        page.get_by_role("option", name="base model").click()
+        expect(page.get_by_label("number input for Strength")).to_be_hidden()
+        ask(page, "Who?")
+        expect_answered(page, "False 1.5")
+
+        engine.load_adapter("late", make_adapter("late", 4, 4))
+        engine.unload_adapter("zundamon")
+        menu.click()
+        page.get_by_role("option", name="zundamon").click()
+        ask(page, "Who?")
+        expect(page.get_by_test_id("toast-body")).to_contain_text("“zundamon” is no longer loaded")
+        page.reload()
+        expect(menu).to_have_value("late")
+        ask(page, "Who?")
+        expect_answered(page, "True 1.0")
 
 
 def test_answers_cannot_bring_script_into_the_page(serve: Serve, visit: Visit) -> None:

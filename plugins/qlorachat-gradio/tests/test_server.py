@@ -1,17 +1,15 @@
-"""The page as a server: its door, its routes, its end; and Gradio's own client instead of people."""
+"""The page as a server: its door, its routes, its end; Gradio's own client instead of people."""
 
 import base64
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from gradio_client import Client
+from gradio_client import Client  # type: ignore[import-untyped]
 from pydantic import SecretStr
 from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
@@ -20,6 +18,7 @@ from qlorachat.plugins import create_manager
 from qlorachat.testing import FakeBackend, check_frontend, fake_engine
 
 Serve = Callable[..., str]
+MakeAdapter = Callable[..., Path]
 
 
 def test_the_frontend_keeps_the_contract() -> None:
@@ -48,26 +47,6 @@ def test_beyond_this_machine_it_wants_a_password() -> None:
         GradioFrontend().prepare(GradioOptions(host="0.0.0.0", port=0))
 
 
-def test_it_ends_while_a_page_streams() -> None:
-    backend = FakeBackend(lambda request, prompt: "ha " * 5000, delay=0.02)
-    frontend, options, stop = GradioFrontend(), GradioOptions(port=0), threading.Event()
-    frontend.prepare(options)
-    assert frontend.socket is not None
-    url = f"http://127.0.0.1:{frontend.socket.getsockname()[1]}/"
-    with fake_engine(backend) as engine:
-        thread = threading.Thread(target=frontend.serve, args=(engine, options, stop))
-        thread.start()
-        job = Client(url, verbose=False).submit("Laugh!", api_name="/chat")
-        while not backend.running:
-            time.sleep(0.02)
-        stop.set()
-        thread.join(10)
-        assert not thread.is_alive()
-        while backend.running:
-            time.sleep(0.02)
-        job.cancel()
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -84,23 +63,18 @@ def test_it_ends_while_a_page_streams() -> None:
         "gradio_api/runs",
     ],
 )
-def test_no_file_leaves_by_the_page(serve: Serve, path: str) -> None:
-    with fake_engine() as engine:
-        assert httpx.get(serve(engine) + path).status_code in (403, 404)
+def test_no_file_leaves_by_the_page(resident: str, path: str) -> None:
+    assert httpx.get(resident + path).status_code in (403, 404)
 
 
-def test_no_adapter_file_leaves_by_the_page(serve: Serve, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with fake_engine() as engine:
-        url = serve(engine)
-        path = f"gradio_api/file={tmp_path / 'adapter_config.json'}"
-        assert httpx.get(url + path).status_code in (403, 404)
+def test_no_adapter_file_leaves_by_the_page(resident: str, make_adapter: MakeAdapter) -> None:
+    path = f"gradio_api/file={make_adapter('mine', 4, 4) / 'adapter_config.json'}"
+    assert httpx.get(resident + path).status_code in (403, 404)
 
 
-def test_no_file_comes_in_by_the_page(serve: Serve) -> None:
-    with fake_engine() as engine:
-        reply = httpx.post(serve(engine) + "gradio_api/upload", files={"files": b"x"})
-        assert reply.status_code == 404
+def test_no_file_comes_in_by_the_page(resident: str) -> None:
+    reply = httpx.post(resident + "gradio_api/upload", files={"files": b"x"})
+    assert reply.status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -114,62 +88,52 @@ def test_no_file_comes_in_by_the_page(serve: Serve) -> None:
         ("[", 403),
     ],
 )
-def test_on_loopback_only_its_own_names_answer(serve: Serve, host: str, status: int) -> None:
-    with fake_engine() as engine:
-        assert httpx.get(serve(engine), headers={"Host": host}).status_code == status
+def test_on_loopback_only_its_own_names_answer(resident: str, host: str, status: int) -> None:
+    assert httpx.get(resident, headers={"Host": host}).status_code == status
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1.evil.example"])
-def test_other_sites_are_refused(serve: Serve, origin: str) -> None:
-    with fake_engine() as engine:
-        url = serve(engine)
-        for method, path in [("GET", "config"), ("POST", "gradio_api/queue/join"), ("OPTIONS", "")]:
-            reply = httpx.request(method, url + path, headers={"Origin": origin}, json={})
-            assert reply.status_code == 403
-            assert "access-control-allow-origin" not in reply.headers
+def test_other_sites_are_refused(resident: str, origin: str) -> None:
+    for method, path in [("GET", "config"), ("POST", "gradio_api/queue/join"), ("OPTIONS", "")]:
+        reply = httpx.request(method, resident + path, headers={"Origin": origin}, json={})
+        assert reply.status_code == 403
+        assert "access-control-allow-origin" not in reply.headers
 
 
-def test_its_own_page_is_not_another_site(serve: Serve) -> None:
-    with fake_engine() as engine:
-        url = serve(engine)
-        assert httpx.get(url + "config", headers={"Origin": url.rstrip("/")}).status_code == 200
+def test_its_own_page_is_not_another_site(resident: str) -> None:
+    headers = {"Origin": resident.rstrip("/")}
+    assert httpx.get(resident + "config", headers=headers).status_code == 200
 
 
 def basic(user: str, password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
+def test_every_route_asks_for_the_password(serve: Serve) -> None:
+    strangers: list[dict[str, str]] = [
         {},
         basic("user", "wrong"),
         basic("user", "秘密"),
         basic("user", "秘密の言葉でも"),
         basic("other", "秘密の言葉"),
         {"Authorization": "Basic ###"},
-        {"Authorization": "Bearer 秘密の言葉".encode()},
-    ],
-)
-def test_every_route_asks_for_the_password(serve: Serve, headers: dict[str, str]) -> None:
+        {"Authorization": "Basic"},
+        {"Authorization": basic("user", "秘密の言葉")["Authorization"].replace("Basic", "Bearer")},
+    ]
     with fake_engine() as engine:
         url = serve(engine, password=SecretStr("秘密の言葉"))
         for path in ["", "config", "theme.css", "static/x", "gradio_api/info", "gradio_api/upload"]:
-            assert httpx.get(url + path, headers=headers).status_code == 401
+            for headers in strangers:
+                assert httpx.get(url + path, headers=headers).status_code == 401
+        headers = basic("user", "秘密の言葉")
+        assert httpx.get(url + "config", headers=headers).status_code == 200
 
 
-def test_the_password_opens_the_page(serve: Serve) -> None:
-    with fake_engine() as engine:
-        url = serve(engine, password=SecretStr("秘密の言葉"), user="me")
-        assert httpx.get(url + "config", headers=basic("me", "秘密の言葉")).status_code == 200
-
-
-def test_nothing_is_shared_recorded_or_reported(serve: Serve) -> None:
-    with fake_engine() as engine:
-        config = httpx.get(serve(engine) + "config").json()
-        assert config["analytics_enabled"] is False
-        assert config["run_history"] is False
-        assert config["footer_links"] == []
+def test_nothing_is_shared_recorded_or_reported(resident: str) -> None:
+    config = httpx.get(resident + "config").json()
+    assert config["analytics_enabled"] is False
+    assert config["run_history"] is False
+    assert config["footer_links"] == []
 
 
 def test_gradios_own_client_chats(serve: Serve) -> None:
@@ -181,8 +145,15 @@ def test_gradios_own_client_chats(serve: Serve) -> None:
 
 
 def test_a_full_context_can_forget_its_oldest_turns(serve: Serve) -> None:
-    with fake_engine(FakeBackend(context_length=200)) as engine:
+    with fake_engine(FakeBackend(context_length=300)) as engine:
         client = Client(serve(engine), verbose=False)
-        client.predict("a" * 50, drop_oldest=True, api_name="/chat")
-        _, _, status, *_ = client.predict("b" * 50, drop_oldest=True, api_name="/chat")
+        client.predict("a" * 90, drop_oldest=True, api_name="/chat")
+        _, _, status, *_ = client.predict("b" * 90, drop_oldest=True, api_name="/chat")
         assert "The 2 oldest messages no longer fit" in status
+
+
+def test_an_answer_cut_by_the_context_says_so(serve: Serve) -> None:
+    with fake_engine(FakeBackend(context_length=150)) as engine:
+        client = Client(serve(engine), verbose=False)
+        _, _, status, *_ = client.predict("a" * 90, api_name="/chat")
+        assert "the context of 150 tokens is full" in status

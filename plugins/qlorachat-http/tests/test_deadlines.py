@@ -143,10 +143,12 @@ def test_a_slow_reader_is_not_cut_off(
     narrow.connect((address.host, address.port))
     narrow.sendall(raw_post(body | {"stream": True, "max_tokens": 3000}))
     pause = threading.Event()
-    parts = [narrow.recv(65536)]
-    while b"[DONE]" not in parts[-1]:
+    parts = []
+    while part := narrow.recv(65536):
+        parts.append(part)
+        if b"[DONE]" in part:
+            break
         pause.wait(0.02)
-        parts.append(narrow.recv(65536))
     assert b"".join(parts).count(b"chat.completion.chunk") == 2502
 
 

@@ -95,6 +95,18 @@ class Adapter:
     warnings: tuple[str, ...]  # one line each
 
     @property
+    def largest_rank(self) -> int:
+        """Of any module."""
+        return max([self.settings.rank, *self.settings.rank_pattern.values()])
+
+    def matrices(self, module: str) -> "tuple[torch.Tensor, torch.Tensor] | None":
+        """A (rank, in) and B (out, rank) of a base module; None where the adapter has none."""
+        prefix = f"base_model.model.{module}"
+        if f"{prefix}.lora_A.weight" not in self.tensors:
+            return None
+        return self.tensors[f"{prefix}.lora_A.weight"], self.tensors[f"{prefix}.lora_B.weight"]
+
+    @property
     def exclusive(self) -> bool:
         """DoRA and modules_to_save change more than a sum: one at a time, by transformers only."""
         return self.settings.use_dora or bool(self.settings.modules_to_save)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from platformdirs import user_cache_path
 
-from qlorachat.errors import QlorachatError
+from qlorachat.errors import ModelError, QlorachatError
 
 MANIFEST = "qlorachat.json"
 _UNFINISHED = ".tmp-"
@@ -61,7 +61,7 @@ def build_once(
 
     `build` fills a folder beside the entry; the folder is synced to disk and renamed when it is
     done, so a kill at any moment leaves nothing under `name`. One process builds at a time; the
-    others call `waiting` once and then take what was built. Raises QlorachatError when the disk
+    others call `waiting` once and then take what was built. Raises ModelError when the disk
     does not allow it.
     """
     entry = _models() / name
@@ -74,7 +74,7 @@ def build_once(
                 _sweep(name)
                 _build(entry, build)
     except OSError as error:
-        raise QlorachatError(
+        raise ModelError(
             f"The cache folder {_models()} cannot be written ({error.strerror or error}): "
             "free some space there, or set QLORACHAT_CACHE to another folder."
         ) from error
@@ -89,15 +89,14 @@ def _lock_file(name: str) -> Path:
     return _models() / f"{name}.lock"
 
 
-def _locked(name: str, waiting: Callable[[], None]) -> FileLock:
-    """A lock that its process's death releases; `with` keeps it and lets it go."""
+def _locked(name: str, waiting: Callable[[], None]) -> AcquireReturnProxy:
+    """A lock, taken; the end of `with`, or the death of its process, lets it go."""
     lock = FileLock(_lock_file(name))
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         waiting()
-        lock.acquire()
-    return lock
+        return lock.acquire()
 
 
 def _sweep(name: str) -> None:

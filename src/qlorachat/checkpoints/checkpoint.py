@@ -8,7 +8,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qlorachat.checkpoints.cache import MANIFEST
-from qlorachat.checkpoints.demo import converted_demo, find_gguf, is_demo
+from qlorachat.checkpoints.demo import (
+    SAMPLING,
+    SKIP_MODULES,
+    converted_demo,
+    find_gguf,
+    is_demo,
+)
 from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_pointer, token_text
 from qlorachat.config import DEMO_MODEL
 from qlorachat.errors import ModelError, UsageError
@@ -89,6 +95,9 @@ def locate(
     if weights:
         _check_weights(folder)
     generation = read_json(folder / "generation_config.json")
+    recipe = _recipe(folder)
+    if name == DEMO_MODEL:  # wherever it comes from
+        generation, recipe = generation | SAMPLING, Recipe(SKIP_MODULES)
     tokenizer = read_json(folder / "tokenizer_config.json")
     return Checkpoint(
         name=name,
@@ -98,7 +107,7 @@ def locate(
         generation=_sampling(folder, generation),
         stop_ids=_stop_ids(folder, config, generation, tokenizer),
         chat_template=chat_template_source(folder, tokenizer),
-        recipe=_recipe(folder),
+        recipe=recipe,
     )
 
 

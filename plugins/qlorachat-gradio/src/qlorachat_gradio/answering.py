@@ -82,19 +82,16 @@ class Answering:
         return self._engine.astream(messages, **chat_options(settings, self._engine.info.sampling))
 
     def _summary(self, reply: Reply, tongue: str) -> str:
-        """Speed, and all that the visitor should know of how the answer ended."""
+        """The speed, and all that the visitor should know of how the answer ended."""
         usage, timings = reply.usage, reply.timings
+        seconds = timings.first_token + timings.decode
+        tokens, context = usage.completion_tokens, self._engine.info.context_length
         notes = [
-            say(
-                tongue,
-                "done",
-                tokens=usage.completion_tokens,
-                seconds=timings.first_token + timings.decode,
-                speed=timings.tokens_per_second,
-            )
+            say(tongue, "done", tokens=tokens, seconds=seconds, speed=timings.tokens_per_second)
         ]
         if reply.finish_reason is FinishReason.LENGTH:
-            notes.append(say(tongue, "cut", tokens=usage.completion_tokens))
+            full = usage.prompt_tokens + tokens >= context
+            notes.append(say(tongue, "full" if full else "cut", tokens=tokens, context=context))
         if usage.dropped_messages:
             notes.append(say(tongue, "dropped", count=len(usage.dropped_messages)))
         return "  \n".join(notes)

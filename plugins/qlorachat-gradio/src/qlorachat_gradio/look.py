@@ -19,7 +19,8 @@ MONOSPACE = ("ui-monospace", "SFMono-Regular", "Consolas", "DejaVu Sans Mono", "
 CSS = """
 .gradio-container .main.fillable { max-width: 1240px; margin: 0 auto;
   padding: 1.1rem 1.5rem .5rem; }
-#head { padding: 0 .3rem; }
+#head { margin-bottom: -.35rem; }
+#head > * { padding: 0 .2rem; }
 #head h1 { margin: 0; font-size: 1.3rem; font-weight: 650; letter-spacing: -.01em; }
 #head p { margin: 0; font-size: .8rem; color: var(--body-text-color-subdued);
   overflow-wrap: anywhere; }
@@ -27,6 +28,7 @@ CSS = """
 #talk { gap: .6rem; }
 #chat, #ask, #settings { border: 1px solid var(--border-color-primary) !important;
   border-radius: 14px; background: var(--block-background-fill); }
+#chat .top-panel { top: 8px; right: 8px; border: 0; box-shadow: none; }
 #chat .message { border-radius: 12px; box-shadow: none; }
 #ask { align-items: flex-end; gap: .5rem; padding: .4rem; }
 #ask:focus-within { border-color: var(--color-accent) !important; }

@@ -90,9 +90,16 @@ def _settings(engine: ChatEngine) -> dict[str, Any]:
         [("", BASE)], value=BASE, label=I18N("adapter"), info=I18N("adapter_info")
     )
     strength = gr.Slider(
-        0, 2, 1, step=0.05, label=I18N("adapter_scale"), info=I18N("adapter_scale_info")
+        0,
+        2,
+        1,
+        step=0.05,
+        label=I18N("adapter_scale"),
+        info=I18N("adapter_scale_info"),
+        visible=False,  # until an adapter is chosen
     )
     system = gr.Textbox(
+        "",
         lines=3,
         max_lines=10,
         label=I18N("system"),
@@ -102,7 +109,7 @@ def _settings(engine: ChatEngine) -> dict[str, Any]:
         engine.config.overflow == "drop_oldest_turns", label=I18N("drop_oldest"), container=False
     )
     with gr.Accordion(I18N("sampling"), open=False):
-        sampling = sampling_controls(engine.info, I18N)
+        sampling = sampling_controls(engine.info.sampling, I18N)
     return {
         "adapter": adapter,
         "adapter_scale": strength,
@@ -146,6 +153,13 @@ def _connect(
     def greet(request: gr.Request) -> gr.Dropdown:
         return adapter_menu(engine, language(request.headers.get("accept-language")))
 
+    settings["adapter"].change(
+        lambda name: gr.Slider(visible=name != BASE),
+        settings["adapter"],
+        settings["adapter_scale"],
+        queue=False,
+        **private,
+    )
     page.load(greet, None, settings["adapter"], queue=False, **private)
 
 

@@ -36,6 +36,9 @@ class Server(uvicorn.Server):
         _announce(_url(self._options.host, sockets[0].getsockname()[1]), self._options.open_browser)
 
     async def on_tick(self, counter: int) -> bool:
+        if self._stop.is_set():
+            # what it would report from here on are the open pages that it hangs up on
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         return self._stop.is_set() or await super().on_tick(counter)
 
 

@@ -5,35 +5,36 @@ from typing import Any
 
 import gradio as gr
 
-from qlorachat import ChatEngine, ModelInfo, SamplingParams
+from qlorachat import ChatEngine, SamplingParams
 from qlorachat_gradio.texts import say
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
 BASE = ""  # the adapter menu's value for the base model: a menu has no None
+RANDOM = -1  # the seed's value for none
 
 
-def sampling_controls(info: ModelInfo, i18n: gr.I18n) -> dict[str, Any]:
+def presets(sampling: SamplingParams) -> dict[str, float]:
+    """What the controls show at first."""
+    values = {name: getattr(sampling, name) for name in SAMPLING}
+    return values if sampling.seed is not None else {**values, "seed": RANDOM}
+
+
+def sampling_controls(sampling: SamplingParams, i18n: gr.I18n) -> dict[str, Any]:
     """A control for each field of SAMPLING, under its name."""
-    preset = info.sampling
+    preset = presets(sampling)
 
     def slider(name: str, highest: float, lowest: float = 0.0) -> gr.Slider:
         return gr.Slider(
             lowest,
-            max(highest, getattr(preset, name)),
-            getattr(preset, name),
+            max(highest, preset[name]),
+            preset[name],
             step=0.01,
             label=i18n(name),
             info=i18n(f"{name}_info"),
         )
 
     def number(name: str) -> gr.Number:
-        return gr.Number(
-            getattr(preset, name),
-            precision=0,
-            label=i18n(name),
-            info=i18n(f"{name}_info"),
-            placeholder=i18n("seed_hint"),
-        )
+        return gr.Number(preset[name], precision=0, label=i18n(name), info=i18n(f"{name}_info"))
 
     return {
         "temperature": slider("temperature", 2.0),
@@ -53,7 +54,7 @@ def adapter_menu(engine: ChatEngine, language: str) -> gr.Dropdown:
     return gr.Dropdown(choices=choices, value=names[0] if names else BASE)
 
 
-def chat_options(settings: Mapping[str, Any], preset: SamplingParams) -> dict[str, Any]:
+def chat_options(settings: Mapping[str, Any], sampling: SamplingParams) -> dict[str, Any]:
     """What `engine.astream` is asked for.
 
     Sampling that was left as it was preset is not asked for, so that a max_tokens nobody chose
@@ -61,8 +62,8 @@ def chat_options(settings: Mapping[str, Any], preset: SamplingParams) -> dict[st
     """
     changed = {
         name: settings[name]
-        for name in SAMPLING
-        if settings[name] is not None and settings[name] != getattr(preset, name)
+        for name, preset in presets(sampling).items()
+        if settings[name] not in (None, preset)
     }
     return {
         **changed,

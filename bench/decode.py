@@ -1,0 +1,272 @@
+"""Decode and prefill speed on one CUDA card: the paged engine beside transformers with PEFT.
+
+    python bench/decode.py [--size 7b] [--rank 16]
+
+Random NF4 weights of the Llama-2-7B shape with an adapter on all linear layers. Logits of the two
+are compared first, then each row is timed by the wall clock, with scheduling, sampling and hand-out
+of tokens inside. Writes bench/results/decode.json.
+"""
+
+import argparse
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from random_model import adapter, build, opened, scaled
+from torch.profiler import ProfilerActivity, profile
+
+from qlorachat.adapters import Adapter
+from qlorachat.engine.backend import PagedBackend
+from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
+
+RESULTS = Path(__file__).parent / "results" / "decode.json"
+PROMPT, ANSWER = 192, 128  # tokens: contexts of 192 to 320, 256 on average
+BATCHES = (1, 8, 32, 64)
+
+ids = count(1)
+
+
+class Stream:
+    """One request's events, with the times at which they came."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.ended = threading.Event()
+
+    def __call__(self, event: TokenEvent) -> None:
+        if event.error is not None:
+            print("error:", event.error, flush=True)
+        if event.token_id is not None:
+            self.tokens.append(event.token_id)
+            self.times.append(event.time)
+        if event.finish is not None or event.error is not None:
+            self.ended.set()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="7b")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--no-peer", action="store_true")
+    arguments = parser.parse_args()
+    model = build(arguments.size, "cuda")
+    one = adapter(model, rank=arguments.rank, seed=1)
+    record: dict[str, Any] = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
+    print(record, flush=True)
+    reference = peer(model, one, record, timed=not arguments.no_peer)
+    backend = PagedBackend(opened(model, arguments.size), max_sequences=64, prefix_caching=False)
+    record["plan"] = str(backend.plan)
+    for each in (one, *(scaled(one, seed) for seed in (2, 3, 4))):
+        backend.load_adapter(each)
+    check(backend, one, reference, record)
+    for batch in BATCHES:
+        decode_rows(backend, one, batch, record)
+    prefill_rows(backend, one, record)
+    profile_steps(backend, one, record)
+    backend.close()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def note(record: dict[str, Any], name: str, value: object) -> None:
+    record[name] = value
+    print(f"{name}: {value}", flush=True)
+
+
+def random_prompt(length: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(5, 30000, (length,), generator=generator).tolist())
+
+
+def run(
+    backend: PagedBackend, prompts: Sequence[tuple[int, ...]], adapters: Sequence[str | None],
+    max_tokens: int,
+) -> list[Stream]:  # fmt: skip
+    streams = [Stream() for _ in prompts]
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    for prompt, sha256, stream in zip(prompts, adapters, streams, strict=True):
+        request = TokenRequest(next(ids), prompt, sampling, frozenset(), sha256)
+        backend.submit(request, stream)
+    for stream in streams:
+        assert stream.ended.wait(120)
+    return streams
+
+
+def decode_rate(streams: Sequence[Stream]) -> float:
+    """Tokens/s while all decode: from the last one's first token to the first one's last."""
+    start = max(stream.times[0] for stream in streams)
+    end = min(stream.times[-1] for stream in streams)
+    made = sum(sum(start < t <= end for t in stream.times) for stream in streams)
+    return made / (end - start)
+
+
+def decode_rows(backend: PagedBackend, one: Adapter, batch: int, record: dict[str, Any]) -> None:
+    prompts = [random_prompt(PROMPT, seed) for seed in range(batch)]
+    hashes = [f"{seed:064x}" for seed in (1, 2, 3, 4)]
+    rows = {
+        "base": [None] * batch,
+        "one adapter": [one.sha256] * batch,
+        "four adapters": [hashes[i % 4] for i in range(batch)],
+    }
+    for name, adapters in rows.items():
+        run(backend, prompts, adapters, 8)  # graphs are captured
+        rates = sorted(decode_rate(run(backend, prompts, adapters, ANSWER)) for _ in range(3))
+        note(record, f"engine, batch {batch}, {name}, tokens/s", round(rates[1], 1))
+
+
+def prefill_rows(backend: PagedBackend, one: Adapter, record: dict[str, Any]) -> None:
+    for batch in (1, 4):
+        rates = []
+        for trial in range(4):
+            prompts = [random_prompt(2048, 100 * trial + seed) for seed in range(batch)]
+            start = perf_counter()
+            run(backend, prompts, [one.sha256] * batch, 1)
+            rates.append(2048 * batch / (perf_counter() - start))
+        note(record, f"engine, prefill {batch}x2048, one adapter, tokens/s", round(max(rates[1:])))
+
+
+def profile_steps(backend: PagedBackend, one: Adapter, record: dict[str, Any]) -> None:
+    """Where a decode step's time goes: kernels by name, and the share in which none runs."""
+    for batch in (1, 32):
+        prompts = [random_prompt(PROMPT, seed) for seed in range(batch)]
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run(backend, prompts, [one.sha256] * batch, 40)
+        events = sorted(
+            (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+            key=lambda e: e.time_range.start,
+        )
+        events = events[len(events) // 2 : -len(events) // 10]  # the middle: decode steps only
+        busy = sum(e.time_range.end - e.time_range.start for e in events)
+        span = events[-1].time_range.end - events[0].time_range.start
+        note(record, f"batch {batch}, device idle, %", round(100 * (1 - busy / span), 1))
+        times: dict[str, float] = {}
+        for event in events:
+            times[event.name[:60]] = times.get(event.name[:60], 0.0) + (
+                event.time_range.end - event.time_range.start
+            )
+        top = sorted(times.items(), key=lambda item: -item[1])[:14]
+        shares = {name: f"{100 * value / span:.1f} %" for name, value in top}
+        note(record, f"batch {batch}, share of time", shares)
+
+
+@torch.inference_mode()
+def peer(model: Any, one: Adapter, record: dict[str, Any], *, timed: bool) -> torch.Tensor:
+    """transformers + PEFT: the logits to compare with, and its rates; leaves the model bare."""
+    config = LoraConfig(**one.peft_config, inference_mode=True)
+    wrapped = PeftModel(model, config, adapter_name="one")
+    set_peft_model_state_dict(wrapped, dict(one.tensors), adapter_name="one")
+    prompt = torch.tensor([random_prompt(PROMPT, 0)], device="cuda")
+    reference = wrapped(input_ids=prompt, logits_to_keep=1).logits[0, -1].float()
+    if timed:
+        for batch in (1, 8, 32):
+            note(
+                record,
+                f"transformers + PEFT generate, batch {batch}, tokens/s",
+                generate(wrapped, batch),
+            )
+        for batch in (1, 4):
+            note(
+                record,
+                f"transformers + PEFT prefill {batch}x2048, tokens/s",
+                prefill(wrapped, batch),
+            )
+    wrapped.unload()
+    return reference
+
+
+def generate(wrapped: Any, batch: int, tokens: int = 48) -> float:
+    prompts = torch.tensor([random_prompt(PROMPT, s) for s in range(batch)], device="cuda")
+
+    def go(new: int) -> float:
+        torch.cuda.synchronize()
+        start = perf_counter()
+        wrapped.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+            max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        return perf_counter() - start
+
+    go(4)
+    return round(batch * (tokens - 1) / (go(tokens) - go(1)), 1)
+
+
+def prefill(wrapped: Any, batch: int) -> int:
+    prompts = torch.tensor([random_prompt(2048, s) for s in range(batch)], device="cuda")
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        start = perf_counter()
+        wrapped(input_ids=prompts, logits_to_keep=1)
+        torch.cuda.synchronize()
+        times.append(perf_counter() - start)
+    return round(batch * 2048 / min(times[1:]))
+
+
+def check(
+    backend: PagedBackend, one: Adapter, reference: torch.Tensor, record: dict[str, Any]
+) -> None:
+    """The engine's logits against transformers + PEFT's, and batch 1 against batch 8."""
+    prompt = random_prompt(PROMPT, 0)
+    sampling = SamplingParams(temperature=0.0, max_tokens=16, logprobs=20)
+    streams = [Stream() for _ in range(8)]
+    events: list[TokenEvent] = []
+
+    def first(event: TokenEvent) -> None:
+        events.append(event)
+        streams[0](event)
+
+    backend.submit(TokenRequest(next(ids), prompt, sampling, frozenset(), one.sha256), first)
+    assert streams[0].ended.wait(120)
+    expected = reference.log_softmax(-1)
+    worst = max(abs(value - float(expected[token])) for token, value in events[0].top)
+    margin = events[0].top[0][1] - events[0].top[1][1]
+    note(record, "largest difference of 20 logprobs", round(worst, 4))
+    note(
+        record,
+        "greedy token equal, margin",
+        [events[0].token_id == int(expected.argmax()), round(margin, 4)],
+    )
+    for stream in streams[1:]:
+        request = TokenRequest(
+            next(ids), prompt, replace(sampling, logprobs=None), frozenset(), one.sha256
+        )
+        backend.submit(request, stream)
+    assert all(stream.ended.wait(120) for stream in streams)
+    same = [stream.tokens == streams[1].tokens for stream in streams]
+    note(record, "equal answers: alone, then 7 in one batch", same)
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device copy of 4 GiB, bytes read and written."""
+    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(5):
+        target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return 5 * 2 * 2**32 / (start.elapsed_time(end) / 1e3) / 1e9
+
+
+def machine() -> dict[str, object]:
+    names = ("torch", "transformers", "bitsandbytes", "peft", "triton")
+    return {
+        "card": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Which of our two backends serves a configuration: the fast one wherever it can."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlorachat.adapters import read_adapter
+from qlorachat.checkpoints import locate
+from qlorachat.config import EngineConfig
+from qlorachat.engine.backend import PagedBackend, unservable
+from qlorachat.errors import ConfigError
+from qlorachat.model import unsupported
+from qlorachat.opening import open_model
+from qlorachat.protocols import Backend
+from qlorachat.reference import TransformersBackend
+
+log = logging.getLogger(__name__)
+
+
+def open_backend(config: EngineConfig) -> Backend:
+    """Load the model into the backend that the config names or that fits.
+
+    What only transformers can serve is said in one line; ConfigError when `paged` was asked for.
+    """
+    if config.backend == "transformers":
+        return _open_transformers(config)
+    if reason := next(_obstacles(config), None):
+        if config.backend == "paged":
+            raise ConfigError(f"The paged backend can't serve this: {reason}.", param="backend")
+        log.info("served by transformers, one request at a time: %s", reason)
+        return _open_transformers(config)
+    return _open_paged(config)
+
+
+def _obstacles(config: EngineConfig) -> Iterator[str]:
+    assert config.model is not None, "ChatEngine settles the base model"
+    checkpoint = locate(
+        config.model, revision=config.revision, offline=config.offline, weights=False
+    )
+    if reason := unsupported(checkpoint.config):
+        yield f"{checkpoint.name}: {reason}"
+    for name, folder in config.adapters.items():
+        if reason := unservable(read_adapter(Path(folder))):
+            yield f"adapter {name}: {reason}"
+
+
+def _open_transformers(config: EngineConfig) -> TransformersBackend:
+    return TransformersBackend(open_model(config), max_queue=config.max_queue)
+
+
+def _open_paged(config: EngineConfig) -> PagedBackend:
+    ranks = [read_adapter(Path(folder)).largest_rank for folder in config.adapters.values()]
+    return PagedBackend(
+        open_model(config),
+        max_queue=config.max_queue,
+        max_sequences=config.max_sequences,
+        max_adapters=config.max_adapters,
+        adapters_expected=min(len(ranks), config.max_adapters),
+        adapter_rank=max(ranks, default=16),
+        memory=config.memory,
+    )

@@ -1,0 +1,96 @@
+"""Decode steps as CUDA graphs: one for each batch size, captured when it is first needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlorachat.engine.batch import ScheduledRow
+from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows
+from qlorachat.model.lora import LoraRows
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+COLUMNS = 6  # of a row: row, position, slot in the cache, context length, adapter slot, scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor  # (size, vocabulary), written by each replay
+
+
+class DecodeGraphs:
+    """Replays the decode step; a batch is padded to the next size with rows that write nothing."""
+
+    def __init__(
+        self, model: PagedLlama, cache: KVCache, last: torch.Tensor, blocks_per_sequence: int
+    ) -> None:
+        """`last` int64 (rows + 1,): the token that each row sampled last; its end is padding's."""
+        self._model, self._cache, self._last = model, cache, last
+        self._blocks = blocks_per_sequence
+        length = SIZES[-1] * (COLUMNS + blocks_per_sequence)
+        self._inputs = torch.zeros(length, dtype=torch.int32, device=model.device)
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._pool: Any = None  # memory that all graphs share
+
+    def clear(self) -> None:
+        """The adapters moved: what was captured points to where they were."""
+        self._graphs.clear()
+        self._pool = None  # it went with its last graph
+
+    def run(self, rows: Sequence[ScheduledRow]) -> torch.Tensor:
+        """Logits (rows, vocabulary) of one decode step; overwritten by the next run."""
+        size = next(size for size in SIZES if size >= len(rows))
+        active = any(row.slot for row in rows)
+        self._write(rows, size)
+        graph = self._graphs.get((size, active)) or self._capture(size, active)
+        graph.graph.replay()
+        return graph.logits[: len(rows)]
+
+    def _write(self, rows: Sequence[ScheduledRow], size: int) -> None:
+        """One copy to the device for all inputs of a step: columns first, then block tables."""
+        length = size * (COLUMNS + self._blocks)
+        host = torch.zeros(length, dtype=torch.int32, pin_memory=True)
+        values = host.numpy()
+        columns = values[: COLUMNS * size].reshape(COLUMNS, size)
+        columns[:4, len(rows) :] = [[len(self._last) - 1], [0], [-1], [0]]
+        columns[:5, : len(rows)] = np.array([_integers(row, self._cache) for row in rows]).T
+        scales = np.array([row.request.adapter_scale for row in rows], dtype=np.float32)
+        columns[5, : len(rows)] = scales.view(np.int32)
+        tables = values[COLUMNS * size :].reshape(size, self._blocks)
+        for table, row in zip(tables, rows, strict=False):
+            table[: len(row.block_table)] = row.block_table
+        self._inputs[:length].copy_(host, non_blocking=True)
+
+    def _capture(self, size: int, active: bool) -> _Graph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(size, active)  # kernels compile and caches fill outside the graph
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._step(size, active)
+        self._pool = self._pool or graph.pool()
+        captured = self._graphs[size, active] = _Graph(graph, logits)
+        return captured
+
+    def _step(self, size: int, active: bool) -> torch.Tensor:
+        columns = self._inputs[: COLUMNS * size].view(COLUMNS, size)
+        tables = self._inputs[COLUMNS * size :][: size * self._blocks].view(size, self._blocks)
+        rows = Rows(
+            ids=self._last[columns[0]],
+            positions=columns[1],
+            slots=columns[2],
+            attention=DecodeRows(tables, columns[3]),
+            lora=LoraRows(active, slots=columns[4], scales=columns[5].view(torch.float32)),
+        )
+        return self._model.logits(self._model.hidden(rows, self._cache))
+
+
+def _integers(row: ScheduledRow, cache: KVCache) -> tuple[int, int, int, int, int]:
+    block = row.block_table[row.start // cache.block_size]
+    slot = block * cache.block_size + row.start % cache.block_size
+    return row.row, row.start, slot, row.end, row.slot

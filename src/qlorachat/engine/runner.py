@@ -1,0 +1,204 @@
+"""Runs batches on the device: launches return at once, tokens stay there until somebody asks."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlorachat.adapters import Adapter
+from qlorachat.engine.batch import Batch, ScheduledRow
+from qlorachat.engine.graphs import DecodeGraphs
+from qlorachat.engine.sampler import Sampled, Sampler, to_device
+from qlorachat.engine.scheduler import Logprobs
+from qlorachat.kernels import Segment
+from qlorachat.model import DecodeRows, KVCache, PagedLlama, PrefillChunk, PrefillChunks, Rows
+from qlorachat.model.lora import LoraRows
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way; its two methods wait for the device."""
+
+    batch: Batch
+    rows: Sequence[ScheduledRow]  # those that sampled
+    parts: Sequence[Sampled]  # the same, in the same order
+    ready: Callable[[], None]
+    host_tokens: torch.Tensor
+
+    def tokens(self) -> dict[int, int]:
+        """Row index -> sampled token."""
+        self.ready()
+        places = (row.row for row in self.rows)
+        return dict(zip(places, self.host_tokens.tolist(), strict=True))
+
+    def logprobs(self) -> dict[int, Logprobs]:
+        """Row index -> log-probabilities, of the rows whose requests ask for them."""
+        reports: Iterable[Logprobs | None] = (
+            report for part in self.parts for report in _reports(part)
+        )
+        return {
+            row.row: (report[0], report[1][: row.request.sampling.logprobs])
+            for row, report in zip(self.rows, reports, strict=True)
+            if report is not None and row.request.sampling.logprobs is not None
+        }
+
+
+class Runner:
+    """Owns the model, the cache and every running sequence's last token; one thread only."""
+
+    def __init__(
+        self, model: PagedLlama, cache: KVCache, *, rows: int, blocks_per_sequence: int
+    ) -> None:
+        self.adapters: dict[str, Adapter] = {}  # by content hash; the backend adds and removes
+        self._model, self._cache = model, cache
+        self._device = model.device
+        vocabulary = model.config.vocab_size
+        self._last = torch.zeros(rows + 1, dtype=torch.int64, device=self._device)  # and padding's
+        self._sampler = Sampler(rows, vocabulary, self._device)
+        self._in_slot: dict[int, str] = {}
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda":
+            self._graphs = DecodeGraphs(model, cache, self._last, blocks_per_sequence)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Launched:
+        """Start a step; nothing here waits for the device."""
+        for row in batch.rows:
+            self._place_adapter(row)
+            if row.history:
+                self._sampler.start(row)
+        outcomes: list[tuple[Sequence[ScheduledRow], torch.Tensor]] = []
+        if batch.decodes:
+            outcomes.append((batch.decodes, self._decode(batch.decodes)))
+        if batch.prefills and (hidden := self._prefill(batch.prefills)) is not None:
+            sampling = [row for row in batch.prefills if row.sample]
+            outcomes.append((sampling, self._model.logits(hidden)))
+        parts = [self._sample(logits, rows) for rows, logits in outcomes]
+        rows = [row for rows, _ in outcomes for row in rows]
+        host, ready = _to_host([part.tokens for part in parts], self._device)
+        return Launched(batch, rows, parts, ready, host)
+
+    def forget(self, sha256: str) -> None:
+        """An adapter was unloaded; its slot holds nothing that may be used."""
+        self.adapters.pop(sha256, None)
+        self._in_slot = {slot: held for slot, held in self._in_slot.items() if held != sha256}
+
+    def _sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> Sampled:
+        sampled = self._sampler(logits, rows)
+        self._last[self._tensor([row.row for row in rows], torch.int64)] = sampled.tokens
+        return sampled
+
+    def _decode(self, rows: Sequence[ScheduledRow]) -> torch.Tensor:
+        if self._graphs is not None:
+            return self._graphs.run(rows)
+        places = self._tensor([row.row for row in rows], torch.int64)
+        width = max(len(row.block_table) for row in rows)
+        tables = [[*row.block_table, *[0] * (width - len(row.block_table))] for row in rows]
+        inputs = Rows(
+            ids=self._last[places],
+            positions=self._tensor([row.start for row in rows], torch.int32),
+            slots=self._tensor([_slot(row, row.start, self._cache) for row in rows], torch.int32),
+            attention=DecodeRows(
+                self._tensor(tables, torch.int32),
+                self._tensor([row.end for row in rows], torch.int32),
+            ),
+            lora=_lora(rows),
+        )
+        return self._model.logits(self._model.hidden(inputs, self._cache))
+
+    def _prefill(self, rows: Sequence[ScheduledRow]) -> torch.Tensor | None:
+        """The hidden state of each sampling row's last position; None when none samples."""
+        ids = [token for row in rows for token in row.tokens or ()]
+        positions = [position for row in rows for position in range(row.start, row.end)]
+        slots = [
+            _slot(row, position, self._cache)
+            for row in rows
+            for position in range(row.start, row.end)
+        ]
+        inputs = Rows(
+            ids=self._tensor(ids, torch.int64),
+            positions=self._tensor(positions, torch.int32),
+            slots=self._tensor(slots, torch.int32),
+            attention=PrefillChunks(self._chunks(rows)),
+            lora=_lora(rows),
+        )
+        hidden = self._model.hidden(inputs, self._cache)
+        ends = torch.tensor([row.num_tokens for row in rows]).cumsum(0) - 1
+        last = [int(end) for end, row in zip(ends, rows, strict=True) if row.sample]
+        return hidden[self._tensor(last, torch.int64)] if last else None
+
+    def _chunks(self, rows: Sequence[ScheduledRow]) -> list[PrefillChunk]:
+        chunks, start = [], 0
+        for row in rows:
+            blocks = row.block_table[: -(-row.end // self._cache.block_size)]
+            end = start + row.num_tokens
+            chunks.append(PrefillChunk(start, end, row.end, self._tensor(blocks, torch.int64)))
+            start = end
+        return chunks
+
+    def _place_adapter(self, row: ScheduledRow) -> None:
+        """See to it that the row's slot holds its adapter; the copy is one more piece of work
+        on the device, after every launch that still used what was there."""
+        sha256 = row.request.adapter
+        if sha256 is None or self._in_slot.get(row.slot) == sha256:
+            return
+        adapter, stacks = self.adapters[sha256], self._model.adapters
+        if row.slot >= stacks.slots or adapter.largest_rank > stacks.rank:
+            stacks.allocate(max(row.slot + 1, stacks.slots), max(adapter.largest_rank, stacks.rank))
+            if self._graphs is not None:
+                self._graphs.clear()
+            self._rewrite(stacks.write)
+        stacks.write(row.slot, adapter)
+        self._in_slot[row.slot] = sha256
+
+    def _rewrite(self, write: Callable[[int, Adapter], None]) -> None:
+        for slot, held in self._in_slot.items():
+            write(slot, self.adapters[held])
+
+    def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
+        return to_device(torch.tensor(values, dtype=dtype), self._device)
+
+
+def _slot(row: ScheduledRow, position: int, cache: KVCache) -> int:
+    """Where a position's keys and values are: block * block_size + offset."""
+    block = row.block_table[position // cache.block_size]
+    return block * cache.block_size + position % cache.block_size
+
+
+def _lora(rows: Sequence[ScheduledRow]) -> LoraRows:
+    """Runs of neighbouring rows with one adapter at one strength; the bare base is left out."""
+    segments: list[Segment] = []
+    start = 0
+    for row in rows:
+        stop, scale = start + row.num_tokens, row.request.adapter_scale
+        if segments and segments[-1][1:] == (start, row.slot, scale):
+            segments[-1] = segments[-1]._replace(stop=stop)
+        elif row.slot:
+            segments.append(Segment(start, stop, row.slot, scale))
+        start = stop
+    return LoraRows(active=bool(segments), segments=segments)
+
+
+def _to_host(
+    parts: Sequence[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """The tokens on the host, and what to call before they are read."""
+    if not parts:
+        return torch.empty(0, dtype=torch.int64), lambda: None
+    tokens = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    if device.type == "cpu":
+        return tokens, lambda: None
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event.synchronize
+
+
+def _reports(part: Sampled) -> list[Logprobs | None]:
+    if part.logprobs is None or part.top_ids is None or part.top_logprobs is None:
+        return [None] * len(part.tokens)
+    rows = zip(
+        part.logprobs.tolist(), part.top_ids.tolist(), part.top_logprobs.tolist(), strict=True
+    )
+    return [(chosen, tuple(zip(ids, values, strict=True))) for chosen, ids, values in rows]

@@ -1,0 +1,24 @@
+"""The steps of a Llama layer between its matrix products, as pure functions of tensors.
+
+Each is a Triton kernel on NVIDIA cards from Ampere on and plain torch elsewhere, and has that torch
+version (`*_reference`) beside it. Importing this needs no Triton.
+"""
+
+from qlorachat.kernels.activation import silu_mul
+from qlorachat.kernels.attention import paged_decode_attention
+from qlorachat.kernels.lora import lora_expand_add, lora_shrink
+from qlorachat.kernels.lora_segments import Segment, lora_add_segments
+from qlorachat.kernels.norm import add_rms_norm, rms_norm
+from qlorachat.kernels.rotary import rope_and_cache
+
+__all__ = [
+    "Segment",
+    "add_rms_norm",
+    "lora_add_segments",
+    "lora_expand_add",
+    "lora_shrink",
+    "paged_decode_attention",
+    "rms_norm",
+    "rope_and_cache",
+    "silu_mul",
+]

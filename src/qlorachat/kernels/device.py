@@ -1,0 +1,51 @@
+"""Where Triton runs: each kernel asks here, and is its torch version where the answer is no."""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Windows and the CPU build of torch come without Triton; it has no type stubs anywhere
+_FOUND = importlib.util.find_spec("triton") is not None
+triton: Any = importlib.import_module("triton") if _FOUND else None
+tl: Any = importlib.import_module("triton.language") if _FOUND else None
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`; without Triton the function itself, which then nothing calls."""
+    return triton.jit(function) if _FOUND else function
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether kernels on this tensor are Triton's: on NVIDIA cards from Ampere on.
+
+    Under Triton's interpreter (TRITON_INTERPRET=1) they are so for CPU tensors too.
+    """
+    if not _FOUND:
+        return False
+    return bool(triton.knobs.runtime.interpret) or (tensor.is_cuda and _is_ampere(tensor.device))
+
+
+@functools.cache
+def count_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a card; 1 for a CPU."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply tiles cast from `dtype` to float32, exact to the dtype's digits.
+
+    The cast is for Triton's interpreter, which multiplies bfloat16 wrongly. A 16-bit number fits
+    TF32 unchanged; a float32 is multiplied in three TF32 steps.
+    """
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

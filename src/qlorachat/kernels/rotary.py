@@ -1,0 +1,164 @@
+"""Rotary embedding of a fused q|k|v row, and its key and value written to the paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from qlorachat.kernels.device import jit, runs_triton, tl, triton
+
+_HEADS = 4  # of one program
+
+
+def rope_and_cache(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> torch.Tensor:
+    """The rotated queries [T, H, D]; rotated keys and plain values go to their cache slots.
+
+    qkv: [T, (H + 2G) * D], contiguous: H query heads, G key heads, G value heads.
+    cos, sin: [positions, D] of any floating dtype, as LlamaRotaryEmbedding makes them; they are
+    cast to qkv's dtype, and each product and sum is rounded to it, as in apply_rotary_pos_emb.
+    positions, slots: int32 [T]; slot = block * block_size + offset, all different, and -1 for a
+    padding row, which writes nothing.
+    key_cache, value_cache: [blocks, block_size, G, D], contiguous, of qkv's dtype.
+    """
+    _check(qkv, cos, sin, positions, slots, key_cache, value_cache)
+    if not runs_triton(qkv):
+        return rope_and_cache_reference(qkv, cos, sin, positions, slots, key_cache, value_cache)
+    kv_heads, head_dim = key_cache.shape[2:]
+    half, all_heads = head_dim // 2, qkv.shape[1] // head_dim
+    q = qkv.new_empty(len(qkv), all_heads - 2 * kv_heads, head_dim)
+    grid = (len(qkv), triton.cdiv(all_heads, _HEADS))
+    shape = {"heads": q.shape[1], "kv_heads": kv_heads, "half": half}
+    tile = {"head_block": _HEADS, "half_block": triton.next_power_of_2(half), "num_warps": 1}
+    _rope_kernel[grid](qkv, cos, sin, positions, slots, q, key_cache, value_cache, **shape, **tile)
+    return q
+
+
+def rope_and_cache_reference(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> torch.Tensor:
+    """`rope_and_cache` in plain torch; like it, it never waits for the device."""
+    kv_heads, head_dim = key_cache.shape[2:]
+    turning, values = qkv.view(len(qkv), -1, head_dim).split_with_sizes(
+        [qkv.shape[1] // head_dim - kv_heads, kv_heads], dim=1
+    )
+    cosines, sines = (table[positions].to(qkv.dtype)[:, None] for table in (cos, sin))
+    first, second = turning.chunk(2, dim=2)
+    turned = turning * cosines + torch.cat((-second, first), dim=2) * sines
+    _write(slots, (key_cache, turned[:, -kv_heads:]), (value_cache, values))
+    return turned[:, :-kv_heads].contiguous()
+
+
+def _check(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> None:
+    head_dim = key_cache.shape[3]
+    assert qkv.dim() == 2
+    assert qkv.shape[1] % head_dim == head_dim % 2 == 0
+    assert cos.shape == sin.shape == (len(cos), head_dim)
+    assert positions.shape == slots.shape == qkv.shape[:1]
+    assert positions.dtype == slots.dtype == torch.int32
+    assert key_cache.shape == value_cache.shape
+    assert key_cache.dtype == value_cache.dtype == qkv.dtype
+    assert all(tensor.is_contiguous() for tensor in (qkv, cos, sin, key_cache, value_cache))
+
+
+def _write(slots: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Each pair's rows (second) go to their slots in the cache (first)."""
+    source, target, real = _repeat_real(slots) if slots.is_cuda else _find_real(slots)
+    for cache, rows in pairs:
+        flat = cache.view(-1, *cache.shape[2:])
+        chosen = rows.index_select(0, source)
+        flat.index_copy_(0, target, chosen if real is None else torch.where(real, chosen, flat[:1]))
+
+
+def _find_real(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """The rows that are no padding, and their slots; a card would be waited for."""
+    source = (slots >= 0).nonzero()[:, 0]
+    return source, slots.index_select(0, source).long(), None
+
+
+def _repeat_real(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As many rows as there are, where a real row stands in for the padding; its slots.
+
+    The third is False where no row is real: then slot 0 gets what it has.
+    """
+    last = slots.argmax(keepdim=True)
+    source = torch.where(slots >= 0, torch.arange(len(slots), device=slots.device), last)
+    target = slots.index_select(0, source).clamp(min=0).long()
+    return source, target, (slots.index_select(0, last) >= 0)[:, None, None]
+
+
+@jit
+def _rope_kernel(
+    qkv: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    slots: tl.tensor,
+    q: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    half: tl.constexpr,
+    head_block: tl.constexpr,
+    half_block: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * head_block + tl.arange(0, head_block))[:, None]
+    column = tl.arange(0, half_block)[None, :]
+    narrow = column < half
+    inside = narrow & (head < heads + 2 * kv_heads)
+    at = head * (2 * half) + column
+    row = qkv + token * ((heads + 2 * kv_heads) * 2 * half) + at
+    first = tl.load(row, mask=inside, other=0.0)
+    second = tl.load(row + half, mask=inside, other=0.0)
+
+    angle = tl.load(positions + token).to(tl.int64) * (2 * half) + column
+    turned_first = _product(first, cos + angle, narrow) - _product(second, sin + angle, narrow)
+    angle += half
+    turned_second = _product(second, cos + angle, narrow) + _product(first, sin + angle, narrow)
+
+    query = q + token * (heads * 2 * half) + at
+    _store_halves(query, turned_first, turned_second, half, inside & (head < heads))
+    slot = tl.load(slots + token).to(tl.int64)
+    inside = inside & (slot >= 0)
+    cached = slot * (kv_heads * 2 * half) + at - heads * 2 * half
+    is_key = inside & (head >= heads) & (head < heads + kv_heads)
+    _store_halves(key_cache + cached, turned_first, turned_second, half, is_key)
+    cached -= kv_heads * 2 * half
+    _store_halves(value_cache + cached, first, second, half, inside & (head >= heads + kv_heads))
+
+
+@jit
+def _product(values: tl.tensor, factors: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """In float32, with the factors and the product rounded to the values' dtype."""
+    loaded = tl.load(factors, mask=mask, other=0.0).to(values.dtype).to(tl.float32)
+    return (values.to(tl.float32) * loaded).to(values.dtype).to(tl.float32)
+
+
+@jit
+def _store_halves(
+    at: tl.tensor, first: tl.tensor, second: tl.tensor, half: tl.tensor, mask: tl.tensor
+) -> None:
+    tl.store(at, first.to(at.dtype.element_ty), mask=mask)
+    tl.store(at + half, second.to(at.dtype.element_ty), mask=mask)

@@ -1,0 +1,28 @@
+"""The paged KV cache: blocks of tokens for every layer, allocated once."""
+
+import torch
+
+
+class KVCache:
+    """Keys and values, each of shape (layers, blocks, block_size, kv_heads, head_dim)."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (layers, blocks, block_size, kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    @staticmethod
+    def bytes_per_token(*, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Of keys and values together."""
+        return 2 * layers * kv_heads * head_dim * dtype.itemsize

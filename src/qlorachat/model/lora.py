@@ -1,0 +1,143 @@
+"""Adapters beside the base: for each projection, the A and B of every slot stacked in one tensor.
+
+Slots are numbered from 1; 0 is the bare base. A row of a step names its slot, so one launch
+serves rows of different adapters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from qlorachat import kernels
+from qlorachat.adapters import Adapter
+
+# the four fused projections of a layer, and the modules whose outputs stand side by side in each
+GROUPS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Which adapter each row of a step gets.
+
+    On the host: `segments`, runs of rows with one adapter, for matrix products. On the device:
+    `slots` int32 (rows,) and `scales` float32 (rows,), for kernels that look a row's adapter up.
+    """
+
+    active: bool  # whether any row has an adapter
+    segments: Sequence[kernels.Segment] = ()
+    slots: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+
+class LoraProjection:
+    """The stacked adapters of one fused projection."""
+
+    def __init__(self, modules: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.modules = modules
+        self.columns = list(accumulate((shapes[module][0] for module in modules), initial=0))
+        self.inputs = shapes[modules[0]][1]
+        self.a = torch.empty(0)  # (slots, parts * rank, in)
+        self.b = torch.empty(0)  # (slots, out, rank)
+
+    def allocate(self, slots: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Room for `slots` adapters of at most `rank`, all zero; what was there is dropped."""
+        parts = len(self.modules)
+        self.a = torch.zeros(slots, parts * rank, self.inputs, dtype=dtype, device=device)
+        self.b = torch.zeros(slots, self.columns[-1], rank, dtype=dtype, device=device)
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Put an adapter's matrices into a slot, its alpha over rank folded into B."""
+        self.a[slot].zero_()
+        self.b[slot].zero_()
+        rank = self.b.shape[2]
+        for part, module in enumerate(self.modules):
+            if (pair := adapter.matrices(module)) is None:
+                continue
+            a, b = pair
+            scaled = b.float() * adapter.settings.scale_of(module)
+            self.a[slot, part * rank : part * rank + a.shape[0]].copy_(a)
+            columns = slice(self.columns[part], self.columns[part + 1])
+            self.b[slot, columns, : b.shape[1]].copy_(scaled)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> torch.Tensor:
+        """`y` plus, row by row, scale * B A x of the row's adapter; y is changed in place."""
+        if not rows.active:
+            return y
+        if rows.slots is None or rows.scales is None:
+            kernels.lora_add_segments(x, self.a, self.b, rows.segments, y, self.columns)
+            return y
+        sums = kernels.lora_shrink(x, self.a, rows.slots)
+        kernels.lora_expand_add(sums, self.b, rows.slots, rows.scales, y, self.columns)
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """The four projections of a layer."""
+
+    qkv: LoraProjection
+    output: LoraProjection
+    gate_up: LoraProjection
+    down: LoraProjection
+
+
+class AdapterStacks:
+    """The stacked adapters of every layer."""
+
+    def __init__(
+        self,
+        layers: int,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._layers = [
+            LoraLayer(
+                **{
+                    group: LoraProjection(
+                        [f"model.layers.{index}.{module}" for module in modules], shapes
+                    )
+                    for group, modules in GROUPS.items()
+                }
+            )
+            for index in range(layers)
+        ]
+        self._dtype, self._device = dtype, device
+        self.slots = 0  # slot 0, the base, included
+        self.rank = 0
+
+    def layer(self, index: int) -> LoraLayer:
+        return self._layers[index]
+
+    def allocate(self, slots: int, rank: int) -> None:
+        """Make room; every adapter has to be written again."""
+        self.slots, self.rank = slots, rank
+        for projection in self._projections():
+            projection.allocate(slots, rank, self._dtype, self._device)
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Copy an adapter into a slot."""
+        for projection in self._projections():
+            projection.write(slot, adapter)
+
+    def bytes_of(self, slots: int, rank: int) -> int:
+        """What `allocate` would take."""
+        elements = sum(
+            len(p.modules) * rank * p.inputs + p.columns[-1] * rank for p in self._projections()
+        )
+        return slots * elements * self._dtype.itemsize
+
+    def _projections(self) -> list[LoraProjection]:
+        return [
+            projection
+            for layer in self._layers
+            for projection in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        ]

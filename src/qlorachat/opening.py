@@ -1,0 +1,53 @@
+"""From a configuration to a model that is ready to serve; the common beginning of our backends."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlorachat.adapters import check_header
+from qlorachat.checkpoints import Checkpoint, linear_shapes, load_model, locate, read_tokenizer
+from qlorachat.config import EngineConfig
+from qlorachat.protocols import ModelInfo, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A loaded model, its tokenizer, and what a backend says of it."""
+
+    model: "PreTrainedModel"
+    tokenizer: Tokenizer
+    info: ModelInfo
+
+
+def open_model(config: EngineConfig) -> OpenedModel:
+    """Bring, check and load; adapter folders are held against the base's shapes first."""
+    assert config.model is not None, "ChatEngine settles the base model"
+    checkpoint = locate(config.model, revision=config.revision, offline=config.offline)
+    shapes = linear_shapes(checkpoint)
+    for folder in config.adapters.values():
+        check_header(Path(folder), shapes=shapes, base_name=checkpoint.name)
+    tokenizer = read_tokenizer(checkpoint.folder)
+    loaded = load_model(checkpoint, device=config.device, quantization=config.quantization)
+    info = ModelInfo(
+        name=checkpoint.name,
+        context_length=_context_length(checkpoint),
+        vocab_size=loaded.model.get_input_embeddings().weight.shape[0],
+        stop_ids=checkpoint.stop_ids,
+        sampling=checkpoint.generation,
+        chat_template=checkpoint.chat_template,
+        shapes=shapes,
+        device=loaded.device,
+        dtype=loaded.dtype,
+        quantization=loaded.quantization,
+        memory_bytes=loaded.memory_bytes,
+    )
+    return OpenedModel(loaded.model, tokenizer, info)
+
+
+def _context_length(checkpoint: Checkpoint) -> int:
+    """Tokens that the checkpoint was made for; its text config where it has several."""
+    config = checkpoint.config.get("text_config", checkpoint.config)
+    return int(config["max_position_embeddings"])

@@ -1,0 +1,72 @@
+"""rope_and_cache against transformers' Llama rotary embedding, and what it writes where."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from qlorachat.kernels import rope_and_cache
+from qlorachat.kernels.rotary import _find_real, _repeat_real
+from tests.kernels.cases import make_rope
+
+SHAPES = [(9, 3, 64), (4, 4, 80), (6, 1, 96), (2, 2, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_the_rotation_is_llamas(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    case = make_rope(dtype, rows=7, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    config = LlamaConfig(hidden_size=heads * head_dim, num_attention_heads=heads)
+    positions = torch.arange(50)[None]
+    cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0, dtype=dtype), positions)
+    qkv, _, _, rows, slots, key_cache, value_cache = case.arguments()
+    q = rope_and_cache(qkv, cos[0], sin[0], rows, slots, key_cache, value_cache)
+
+    split = qkv.view(1, 7, -1, head_dim).split([heads, kv_heads, kv_heads], dim=2)
+    at = (cos[:, rows], sin[:, rows])
+    queries, keys = apply_rotary_pos_emb(split[0], split[1], *at, unsqueeze_dim=2)
+    assert torch.equal(q, queries[0])
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            assert torch.equal(key_cache[slot // 4, slot % 4], keys[0, row])
+            assert torch.equal(value_cache[slot // 4, slot % 4], split[2][0, row])
+
+
+def test_tables_are_cast_to_the_rows_dtype() -> None:
+    case = make_rope(torch.bfloat16, rows=3, heads=2, kv_heads=1, head_dim=8)
+    qkv, cos, sin, *rest = case.arguments()
+    expected = rope_and_cache(qkv, cos.bfloat16(), sin.bfloat16(), *rest)
+    assert torch.equal(rope_and_cache(qkv, cos, sin, *rest), expected)
+
+
+def test_nothing_else_in_the_cache_changes() -> None:
+    case = make_rope(torch.float32, rows=8, heads=2, kv_heads=2, head_dim=8)
+    arguments = case.arguments()
+    rope_and_cache(*arguments)
+    untouched = torch.ones(case.key_cache.shape[0] * 4, dtype=torch.bool)
+    untouched[case.slots[case.slots >= 0]] = False
+    for before, after in zip((case.key_cache, case.value_cache), arguments[-2:], strict=True):
+        assert torch.equal(before.flatten(0, 1)[untouched], after.flatten(0, 1)[untouched])
+
+
+def test_rows_that_are_all_padding_write_nothing() -> None:
+    case = make_rope(torch.float32, rows=4, heads=2, kv_heads=2, head_dim=8)
+    case.slots.fill_(-1)
+    arguments = case.arguments()
+    rope_and_cache(*arguments)
+    assert torch.equal(case.key_cache, arguments[-2])
+    assert torch.equal(case.value_cache, arguments[-1])
+
+
+@pytest.mark.parametrize("slots", [[3, 0, 5], [-1, 4, -1, 0], [-1], [-1, -1, -1], [2]])
+def test_a_card_is_not_waited_for_and_gets_the_same_writes(slots: list[int]) -> None:
+    at, rows = torch.tensor(slots, dtype=torch.int32), torch.randn(len(slots), 1, 1)
+    expected = torch.zeros(6, 1, 1)
+    source, target, _ = _find_real(at)
+    expected[target] = rows[source]
+    source, target, real = _repeat_real(at)
+    written = torch.zeros(6, 1, 1)
+    written.index_copy_(0, target, torch.where(real, rows[source], written[:1]))
+    assert torch.equal(written, expected)
