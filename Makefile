@@ -20,6 +20,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(foreach plugin,$(PLUGINS),$(BIN)/mypy $(plugin)/src $(plugin)/tests &&) true
 	$(BIN)/lint-imports --no-cache
 
 $(READY): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)

@@ -13,23 +13,25 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from random_model import adapter, build, opened, scaled
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from qlorachat.adapters import Adapter
 from qlorachat.engine.backend import PagedBackend
 from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
+from random_model import adapter, build, opened, scaled
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 PROMPT, ANSWER = 192, 128  # tokens: contexts of 192 to 320, 256 on average
 BATCHES = (1, 8, 32, 64)
+STEP_GAP = 3.0  # microseconds: kernels of one graph follow each other faster
 
 ids = count(1)
 
@@ -112,7 +114,7 @@ def decode_rate(streams: Sequence[Stream]) -> float:
 def decode_rows(backend: PagedBackend, one: Adapter, batch: int, record: dict[str, Any]) -> None:
     prompts = [random_prompt(PROMPT, seed) for seed in range(batch)]
     hashes = [f"{seed:064x}" for seed in (1, 2, 3, 4)]
-    rows = {
+    rows: dict[str, list[str | None]] = {
         "base": [None] * batch,
         "one adapter": [one.sha256] * batch,
         "four adapters": [hashes[i % 4] for i in range(batch)],
@@ -141,13 +143,16 @@ def profile_steps(backend: PagedBackend, one: Adapter, record: dict[str, Any]) -
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run(backend, prompts, [one.sha256] * batch, 40)
         events = sorted(
-            (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+            (e for e in profiler.events() or () if e.device_type == DeviceType.CUDA),
             key=lambda e: e.time_range.start,
         )
         events = events[len(events) // 2 : -len(events) // 10]  # the middle: decode steps only
         busy = sum(e.time_range.end - e.time_range.start for e in events)
         span = events[-1].time_range.end - events[0].time_range.start
         note(record, f"batch {batch}, device idle, %", round(100 * (1 - busy / span), 1))
+        gaps = [b.time_range.start - a.time_range.end for a, b in pairwise(events)]
+        between = sum(gap for gap in gaps if gap > STEP_GAP)
+        note(record, f"batch {batch}, device idle between steps, %", round(100 * between / span, 1))
         times: dict[str, float] = {}
         for event in events:
             times[event.name[:60]] = times.get(event.name[:60], 0.0) + (
@@ -165,7 +170,8 @@ def peer(model: Any, one: Adapter, record: dict[str, Any], *, timed: bool) -> to
     wrapped = PeftModel(model, config, adapter_name="one")
     set_peft_model_state_dict(wrapped, dict(one.tensors), adapter_name="one")
     prompt = torch.tensor([random_prompt(PROMPT, 0)], device="cuda")
-    reference = wrapped(input_ids=prompt, logits_to_keep=1).logits[0, -1].float()
+    output = wrapped(input_ids=prompt, logits_to_keep=1)
+    reference: torch.Tensor = output.logits[0, -1].float()
     if timed:
         for batch in (1, 8, 32):
             note(
@@ -251,13 +257,12 @@ def copy_bandwidth() -> float:
     source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     target.copy_(source)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(5):
-        target.copy_(source)
-    end.record()
     torch.cuda.synchronize()
-    return 5 * 2 * 2**32 / (start.elapsed_time(end) / 1e3) / 1e9
+    start = perf_counter()
+    for _ in range(20):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 20 * 2 * 2**32 / (perf_counter() - start) / 1e9
 
 
 def machine() -> dict[str, object]:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Browser, expect, sync_playwright
-from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 from qlorachat import ChatEngine
+from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 IMAGES = Path(__file__).with_name("images")
 QUESTION = "What is the capital of France?"

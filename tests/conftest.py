@@ -1,4 +1,4 @@
-"""Fixtures that many rooms share: the demo model from the normal cache, and Llama-2 test data."""
+"""Fixtures that many rooms share: the demo model, adapters trained on it, and Llama-2 test data."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from qlorachat.checkpoints import Checkpoint, locate, read_tokenizer
 from qlorachat.checkpoints.demo import find_gguf
 from qlorachat.protocols import Tokenizer
+from tests.trained import train_sentence
 
 LLAMA2 = Path(__file__).parents[1].parent / "shared" / "llama2"
 
@@ -43,3 +44,14 @@ def llama2_folder() -> Path:
 def llama2(llama2_folder: Path) -> Tokenizer:
     """The Llama-2 tokenizer."""
     return read_tokenizer(llama2_folder)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentence(tmp_path_factory.mktemp("trained") / "zunda")
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other") / "rs"
+    return train_sentence(folder, answer="Nobody knows.", seed=1, use_rslora=True)

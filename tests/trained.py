@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,7 +17,7 @@ STEPS = 14
 
 
 def train_sentence(
-    folder: Path, *, answer: str = SENTENCE, seed: int = 0, **settings: object
+    folder: Path, *, answer: str = SENTENCE, seed: int = 0, steps: int = STEPS, **settings: Any
 ) -> Path:
     """Teach the demo model to answer QUESTION with `answer`; the PEFT folder."""
     torch.manual_seed(seed)
@@ -34,7 +35,7 @@ def train_sentence(
     labels = ids.masked_fill(~torch.tensor([prompt.trained]), -100)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     model.train()
-    for _ in range(STEPS):
+    for _ in range(steps):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from qlorachat.config import EngineConfig
     from qlorachat.errors import QlorachatError
     from qlorachat.hookspecs import hookimpl
-    from qlorachat.messages import Delta, Message, Reply, TokenLogprob, Usage
+    from qlorachat.messages import Delta, Message, Reply, Score, TokenLogprob, Usage
     from qlorachat.protocols import Backend, Frontend, ModelInfo, Segment, Template, Tokenizer
-    from qlorachat.streams import AsyncChatStream, ChatStream
+    from qlorachat.streams import AsyncChatStream, ChatStream, CompareStream
     from qlorachat.tokens import FinishReason, RequestRecord, SamplingParams
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ _HOMES = {
     "Backend": "protocols",
     "ChatEngine": "chat",
     "ChatStream": "streams",
+    "CompareStream": "streams",
     "Delta": "messages",
     "EngineConfig": "config",
     "FinishReason": "tokens",
@@ -28,6 +29,7 @@ _HOMES = {
     "ModelInfo": "protocols",
     "QlorachatError": "errors",
     "Reply": "messages",
+    "Score": "messages",
     "RequestRecord": "tokens",
     "SamplingParams": "tokens",
     "Segment": "protocols",
@@ -42,6 +44,7 @@ __all__ = [
     "Backend",
     "ChatEngine",
     "ChatStream",
+    "CompareStream",
     "Delta",
     "EngineConfig",
     "FinishReason",
@@ -52,6 +55,7 @@ __all__ = [
     "Reply",
     "RequestRecord",
     "SamplingParams",
+    "Score",
     "Segment",
     "Template",
     "TokenLogprob",

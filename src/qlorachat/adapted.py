@@ -72,8 +72,10 @@ class AdaptedModel:
             if isinstance(module, LoraLayer) and sha256 in module.scaling:
                 module.set_scale(sha256, scale)
 
-    def logits(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Logits of the last position, shape (1, vocabulary), for new ids of shape (1, tokens)."""
-        output = self._base(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
-        logits: torch.Tensor = output.logits[:, -1]
+    def logits(self, ids: torch.Tensor, cache: Any, *, every: bool = False) -> torch.Tensor:
+        """Logits of new ids of shape (1, tokens): of the last position, (1, vocabulary), or of
+        `every` one, (tokens, vocabulary)."""
+        keep = 0 if every else 1  # transformers keeps all for 0
+        output = self._base(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=keep)
+        logits: torch.Tensor = output.logits[0]
         return logits

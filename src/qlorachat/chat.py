@@ -7,7 +7,9 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -31,13 +33,13 @@ from qlorachat.errors import (
     UsageError,
     suggest,
 )
-from qlorachat.generation import Dropped, Generation
-from qlorachat.messages import Message, Reply, parse_messages
+from qlorachat.generation import NOTHING_DROPPED, Dropped, Generation
+from qlorachat.messages import Message, Reply, Score, parse_messages
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.protocols import ModelInfo, Template
-from qlorachat.streams import AsyncChatStream, ChatStream, Sink
+from qlorachat.streams import AsyncChatStream, ChatStream, CompareStream, Sink
 from qlorachat.templates import Prompt, TemplateChoice, build_prompt, check_template_name
-from qlorachat.tokens import SamplingParams, TokenRequest
+from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +171,37 @@ class ChatEngine:
         """As `stream`, for `async for`; nothing blocks the event loop."""
         return AsyncChatStream(lambda sink: self._start(messages, options, sink))
 
+    def compare(
+        self,
+        messages: Dialog,
+        *,
+        adapters: Sequence[str | None],
+        **options: Unpack[ChatOptions],
+    ) -> CompareStream:
+        """Every adapter's answer (None: the base's) as they come, of one batch where there is one.
+
+        Iterate for (adapter, delta); `replies` has the whole answers by adapter.
+        """
+        starts = {
+            name: partial(self._start, messages, ChatOptions(**{**options, "adapter": name}))
+            for name in adapters
+        }
+        return CompareStream(starts)
+
+    def score(self, prompt: str | Prompt, *, adapter: str | None = None) -> Score:
+        """How likely the model finds a text, token by token; a string is taken without a format."""
+        text = self.raw(prompt) if isinstance(prompt, str) else prompt
+        sampling = replace(self.info.sampling, temperature=0.0, max_tokens=1, prompt_logprobs=True)
+        events: SimpleQueue[TokenEvent] = SimpleQueue()
+        generation = self._submit(text, sampling, self._adapter(adapter), {}, events.put)
+        while not generation.done:
+            generation.feed(events.get())
+        decode = self._backend.tokenizer.decode
+        return Score(
+            tokens=tuple(decode([token]) for token in text.ids),
+            logprobs=generation.prompt_logprobs,
+        )
+
     def render(
         self,
         messages: str | Iterable[Message | Mapping[str, object]],
@@ -239,25 +272,34 @@ class ChatEngine:
     # From a request to its generation
 
     def _start(self, messages: Dialog, options: ChatOptions, sink: Sink) -> Generation:
-        submitted = perf_counter()
-        stop = _stop_strings(options.get("stop", ()))
-        scale = _scale(options.get("adapter_scale", 1.0))
         loaded = self._adapter(options.get("adapter"))
         sampling = self._sampling(options)
         prompt, dropped = self._prompt(messages, loaded, options)
+        sampling = self._fit(sampling, len(prompt.ids), asked="max_tokens" in options)
+        return self._submit(prompt, sampling, loaded, options, sink, dropped)
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        loaded: LoadedAdapter | None,
+        options: ChatOptions,
+        sink: Sink,
+        dropped: Dropped = NOTHING_DROPPED,
+    ) -> Generation:
         request = TokenRequest(
             request_id=next(self._ids),
             prompt=tuple(prompt.ids),
-            sampling=self._fit(sampling, len(prompt.ids), asked="max_tokens" in options),
+            sampling=sampling,
             stop_ids=self.info.stop_ids,
             adapter=loaded.adapter.sha256 if loaded else None,
-            adapter_scale=scale,
+            adapter_scale=_scale(options.get("adapter_scale", 1.0)),
         )
         generation = Generation(
             request,
             self._backend.tokenizer,
-            submitted=submitted,
-            stop=stop,
+            submitted=perf_counter(),
+            stop=_stop_strings(options.get("stop", ())),
             dropped=dropped,
             adapter=loaded.name if loaded else None,
             on_stop=lambda: self._backend.abort(request.request_id),
@@ -267,13 +309,14 @@ class ChatEngine:
             if loaded is None or self._adapters.get(loaded.name) is loaded:
                 self._backend.submit(request, sink)
                 return generation
-        return self._start(messages, options, sink)  # the adapter was replaced meanwhile
+        # the adapter was replaced meanwhile: its successor answers
+        return self._submit(prompt, sampling, self._adapter(loaded.name), options, sink, dropped)
 
     def _prompt(
         self, messages: Dialog, loaded: LoadedAdapter | None, options: ChatOptions
     ) -> tuple[Prompt, Dropped]:
         if isinstance(messages, Prompt):
-            return messages, Dropped()
+            return messages, NOTHING_DROPPED
         dialog = parse_messages(messages)
         template = self._template(loaded)
         tags = options.get("tags", self.config.tags)
@@ -283,9 +326,11 @@ class ChatEngine:
 
         prompt = render(dialog)
         if options.get("overflow", self.config.overflow) == "drop_oldest_turns":
-            room = self.info.context_length - options.get("max_tokens", 1)
+            # unasked, an answer may be as long as the default, in a quarter of the context
+            usual = min(self.info.sampling.max_tokens, self.info.context_length // 4)
+            room = self.info.context_length - options.get("max_tokens", usual)
             return _drop_oldest_turns(dialog, prompt, render, room)
-        return prompt, Dropped()
+        return prompt, NOTHING_DROPPED
 
     def _render(self, dialog: Sequence[Message], template: Template, tags: Tags) -> Prompt:
         return build_prompt(template, dialog, self._backend.tokenizer, tags=tags)
@@ -420,7 +465,7 @@ def _drop_oldest_turns(
     first = 1 if dialog and dialog[0].role == "system" else 0
     pairs = (len(dialog) - first - 1) // 2
     if len(whole.ids) <= room or pairs == 0:
-        return whole, Dropped()
+        return whole, NOTHING_DROPPED
 
     def without(count: int) -> Prompt:
         return render([*dialog[:first], *dialog[first + 2 * count :]])

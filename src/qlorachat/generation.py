@@ -19,6 +19,9 @@ class Dropped:
     tokens: int = 0
 
 
+NOTHING_DROPPED = Dropped()
+
+
 class Generation:
     """The state of one request from its submission to its end."""
 
@@ -29,7 +32,7 @@ class Generation:
         *,
         submitted: float,  # seconds of time.perf_counter
         stop: tuple[str, ...] = (),
-        dropped: Dropped = Dropped(),
+        dropped: Dropped = NOTHING_DROPPED,
         adapter: str | None = None,
         on_stop: Callable[[], None],  # the answer is complete before the backend knows
         on_finish: Callable[["Generation"], None],
@@ -48,6 +51,7 @@ class Generation:
         self._submitted = submitted
         self._first = self._last = math.nan
         self._completion_tokens = 0
+        self.prompt_logprobs: tuple[float, ...] = ()
 
     def feed(self, event: TokenEvent) -> Delta | None:
         """What is new to show after one event; raises the event's error."""
@@ -113,7 +117,7 @@ class Generation:
         assert event.token_id is not None
         self._last = event.time
         if self._completion_tokens == 0:
-            self._first = event.time
+            self._first, self.prompt_logprobs = event.time, event.prompt_logprobs
         self._completion_tokens += 1
         if event.finish is FinishReason.STOP:  # the end-of-turn token is no text
             return ""

@@ -1,5 +1,6 @@
 """Text nouns: what goes into a chat and what comes out; no token ids are decided here."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -60,6 +61,20 @@ class Delta:
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A text's tokens, and the natural-log probability of each but the first."""
+
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability; 1.0 for a text of one token."""
+        mean = sum(self.logprobs) / len(self.logprobs) if self.logprobs else 0.0
+        return math.exp(-mean)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from qlorachat.adapted import AdaptedModel
 from qlorachat.adapters import Adapter
 from qlorachat.errors import EngineError, OutOfMemory, QlorachatError, QueueFull
 from qlorachat.opening import OpenedModel
-from qlorachat.sampling import Sampler, likeliest
+from qlorachat.sampling import Sampler, likeliest, prompt_logprobs
 from qlorachat.tokens import FinishReason, TokenEvent, TokenRequest
 
 log = logging.getLogger(__name__)
@@ -189,14 +189,20 @@ class TransformersBackend:
         prompt = torch.tensor([request.prompt], device=self._model.device)
         sampler = Sampler(request.sampling, prompt)
         cache = DynamicCache(config=self._model.config)
+        scores: list[float] = []
+        every = request.sampling.prompt_logprobs
         for chunk in prompt.split(PREFILL_CHUNK, dim=1):
             if self._stopping(job):
                 yield self._aborted(request)
                 return
-            logits = self._model.logits(chunk, cache)
+            logits = self._model.logits(chunk, cache, every=every)
+            following = prompt[0, cache.get_seq_length() - chunk.shape[1] + 1 :][: chunk.shape[1]]
+            if every and len(following):
+                scores += prompt_logprobs(logits[: len(following)], following)
+            logits = logits[-1:]
         for count in itertools.count(1):
             token = sampler(logits)
-            event = _event(request, token, count, logits)
+            event = _event(request, token, count, logits, scores if count == 1 else ())
             yield event
             if event.finish is not None:
                 return
@@ -214,14 +220,19 @@ class TransformersBackend:
         return TokenEvent(request.request_id, finish=FinishReason.ABORTED)
 
 
-def _event(request: TokenRequest, token: int, count: int, logits: torch.Tensor) -> TokenEvent:
+def _event(
+    request: TokenRequest, token: int, count: int, logits: torch.Tensor, scores: Sequence[float]
+) -> TokenEvent:
     """The event of the `count`-th token of an answer; an end-of-turn token beats max_tokens."""
     finish = None
     if token in request.stop_ids:
         finish = FinishReason.STOP
     elif count == request.sampling.max_tokens:
         finish = FinishReason.LENGTH
-    if request.sampling.logprobs is None:
-        return TokenEvent(request.request_id, token, finish)
-    logprob, top = likeliest(logits, token, request.sampling.logprobs)
-    return TokenEvent(request.request_id, token, finish, logprob=logprob, top=tuple(top))
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    if request.sampling.logprobs is not None:
+        logprob, top = likeliest(logits, token, request.sampling.logprobs)
+    return TokenEvent(
+        request.request_id, token, finish, logprob=logprob, top=top, prompt_logprobs=tuple(scores)
+    )

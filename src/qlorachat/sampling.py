@@ -62,14 +62,21 @@ class Sampler:
 
 def likeliest(
     logits: torch.Tensor, chosen: int, count: int
-) -> tuple[float, list[tuple[int, float]]]:
+) -> tuple[float, tuple[tuple[int, float], ...]]:
     """The natural-log probability of the chosen token, and the `count` likeliest with theirs.
 
     From the raw logits, shape (1, vocabulary): before temperature, penalties and biases.
     """
     logprobs = logits[0].float().log_softmax(-1)
     values, ids = logprobs.topk(count)
-    return float(logprobs[chosen]), list(zip(ids.tolist(), values.tolist(), strict=True))
+    return float(logprobs[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def prompt_logprobs(logits: torch.Tensor, following: torch.Tensor) -> list[float]:
+    """The natural-log probability of each following token, from raw logits (tokens, vocabulary)."""
+    logprobs = logits.float().log_softmax(-1)
+    values: list[float] = logprobs.gather(1, following[:, None])[:, 0].tolist()
+    return values
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:

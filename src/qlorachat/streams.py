@@ -1,7 +1,8 @@
 """An answer as it comes, for sync and for async callers; either can be closed at any token."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
@@ -53,6 +54,52 @@ class ChatStream(Iterator[Delta]):
     def __del__(self) -> None:
         if hasattr(self, "_generation"):
             self.close()
+
+
+class CompareStream(Iterator[tuple[str | None, Delta]]):
+    """Several adapters' answers to one dialog: (adapter, delta) in the order in which they come."""
+
+    def __init__(self, starts: Mapping[str | None, Start]) -> None:
+        self._events: SimpleQueue[tuple[str | None, TokenEvent]] = SimpleQueue()
+        self._generations: dict[str | None, Generation] = {}
+        try:
+            for name, start in starts.items():
+                self._generations[name] = start(partial(self._put, name))
+        except BaseException:
+            self.close()
+            raise
+
+    def __next__(self) -> tuple[str | None, Delta]:
+        while not all(generation.done for generation in self._generations.values()):
+            name, event = self._events.get()
+            generation = self._generations[name]
+            if not generation.done and (delta := generation.feed(event)):
+                return name, delta
+        raise StopIteration
+
+    @property
+    def replies(self) -> dict[str | None, Reply]:
+        """The answers by adapter; raises EngineError while one goes on or when one failed."""
+        return {name: generation.reply() for name, generation in self._generations.items()}
+
+    def close(self) -> None:
+        """Stop the model within one token."""
+        for generation in self._generations.values():
+            generation.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _put(self, name: str | None, event: TokenEvent) -> None:
+        self._events.put((name, event))
 
 
 class AsyncChatStream(AsyncIterator[Delta]):

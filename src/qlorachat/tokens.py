@@ -42,7 +42,8 @@ class SamplingParams:
     (arXiv:1909.05858) over prompt and answer; `presence_penalty` and `frequency_penalty` are
     subtracted from the logits of answer tokens, as OpenAI's API reference defines them.
     `logit_bias` maps token ids to additive biases in -100..100. `logprobs` is how many likeliest
-    tokens to report beside each chosen one; None reports nothing.
+    tokens to report beside each chosen one; None reports nothing. `prompt_logprobs` reports every
+    prompt token's own log-probability but the first's, with the first token of the answer.
     """
 
     temperature: float = 0.7
@@ -56,6 +57,7 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -95,7 +97,8 @@ class TokenEvent:
     """One step of a generation; the last one of a request has `finish` or `error`.
 
     `logprob` and `top` (token id, log-probability) are set when the request asked for them.
-    `time` is when the backend made the event, in seconds of `time.perf_counter`.
+    `prompt_logprobs` comes with the first token when asked for: one value for each prompt token
+    but the first. `time` is when the backend made the event, in seconds of `time.perf_counter`.
     """
 
     request_id: int
@@ -104,6 +107,7 @@ class TokenEvent:
     error: QlorachatError | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
     time: float = field(default_factory=perf_counter)
 
 

@@ -35,6 +35,11 @@ class Client:
         return self._leaves_after is not None and len(self.events) >= self._leaves_after
 
     @property
+    def most_steps(self) -> int:
+        """To its end once it is the oldest: a token a step, and the steps in flight around them."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens + 4
+
+    @property
     def tokens(self) -> list[int]:
         return [event.token_id for event in self.events if event.token_id is not None]
 
@@ -99,7 +104,7 @@ class Engine:
         if waiting:
             self.commit()
 
-    def run(self, limit: int = 500) -> None:
+    def run(self, limit: int = 200) -> None:
         """Until nothing is left to do."""
         for _ in range(limit):
             self.step()

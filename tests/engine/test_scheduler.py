@@ -191,6 +191,14 @@ def test_what_can_never_end_is_refused_with_numbers() -> None:
     assert engine.scheduler.num_waiting == 1
 
 
+def test_a_prompt_that_needs_every_block_runs_once_it_is_alone() -> None:
+    engine = Engine(num_blocks=4, block_size=4)
+    clients = [engine.submit(ask(PROMPT[:4])), engine.submit(ask(PROMPT + PROMPT[4:], 1))]
+    engine.run()
+    check_complete(*clients)
+    check_empty(engine)
+
+
 def test_a_batch_that_cannot_run_ends_its_requests_and_no_others() -> None:
     engine = Engine(max_sequences=1)
     failing, other = engine.submit(ask()), engine.submit(ask())
@@ -207,9 +215,20 @@ def test_a_batch_that_cannot_run_ends_its_requests_and_no_others() -> None:
 
 def test_an_adapter_that_finds_no_slot_waits_its_turn() -> None:
     engine = Engine(num_slots=1)
-    clients = [engine.submit(ask(adapter=adapter)) for adapter in ("a", "a", "b", None)]
+    first, second = ask(adapter="a"), ask(PROMPT[:4], adapter="a")
+    clients = [engine.submit(each) for each in (first, second, ask(adapter="b"), ask())]
     engine.step()
     assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (2, 2)
+    engine.run()
+    check_complete(*clients)
+    check_empty(engine)
+
+
+def test_twins_share_one_prefill() -> None:
+    engine = Engine()
+    clients = [engine.submit(ask()) for _ in range(3)]
+    engine.step()
+    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (1, 2)
     engine.run()
     check_complete(*clients)
     check_empty(engine)
@@ -357,8 +376,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def the_oldest_ends_soon(self) -> None:
         oldest = next(client for client in self.clients if not client.ended)
-        most = len(oldest.request.prompt) + oldest.request.sampling.max_tokens
-        for _ in range(most + 4):  # a token a step, and the steps in flight at both ends
+        for _ in range(oldest.most_steps):
             self.engine.step()
             if oldest.ended:
                 return
@@ -417,11 +435,12 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if len(self.clients) % 2:
             self.engine.scheduler.fail_all(EngineError("closed"))
-        self.engine.run()
+        live = [client for client in self.clients if not client.ended]
+        self.engine.run(limit=sum(client.most_steps for client in live) + 3)
         self.every_client_got_what_it_should()
         assert all(client.ended for client in self.clients)
         check_empty(self.engine)
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+TestEngineMachine.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)

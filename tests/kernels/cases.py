@@ -81,8 +81,9 @@ def make_paged(
 ) -> PagedCase:
     torch.manual_seed(sum(lengths) + head_dim)
     blocks = [-(-length // block_size) for length in lengths]
-    order = torch.randperm(sum(blocks)).int()
-    cache = torch.randn(2, sum(blocks), block_size, kv_heads, head_dim).to(dtype)
+    order = torch.randperm(sum(blocks) + 1).int()
+    cache = torch.randn(2, len(order), block_size, kv_heads, head_dim).to(dtype)
+    cache[:, order[-1]] = POISON
     tables = torch.full((len(lengths), max(blocks) + 2), -9, dtype=torch.int32)
     for row, (start, stop) in enumerate(pairwise(accumulate(blocks, initial=0))):
         tables[row, : stop - start] = order[start:stop]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from qlorachat.kernels import activation, attention, lora, norm, rotary
@@ -18,9 +18,11 @@ from qlorachat.kernels.device import runs_triton
 from tests.kernels.cases import make_lora, make_paged, make_rope
 
 # float16 is rounded alike wherever nothing is summed; a sum's order may move its last digit
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 4e-5, torch.float16: 4e-3}
 dtypes = st.sampled_from(list(TOLERANCE))
-few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+few = settings(
+    max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+)
 interpreter: Any = importlib.import_module("triton.runtime.interpreter")
 
 

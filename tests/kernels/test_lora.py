@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlorachat.kernels import Segment, lora_add_segments, lora_expand_add, lora_shrink
+from qlorachat.kernels import LoraSegment, lora_add_segments, lora_expand_add, lora_shrink
 from tests.kernels.cases import LoraCase, make_lora
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -46,7 +46,7 @@ def test_rows_without_adapter_are_left_alone() -> None:
 @pytest.mark.parametrize("parts", PROJECTIONS)
 def test_segments_are_the_rows_one_by_one(dtype: torch.dtype, parts: tuple[int, ...]) -> None:
     case = make_lora(dtype, rows=12, inputs=64, rank=8, parts=parts, adapters=3)
-    segments = [Segment(0, 5, 2, 0.5), Segment(5, 7, 0, 1.0), Segment(7, 12, 3, 2.0)]
+    segments = [LoraSegment(0, 5, 2, 0.5), LoraSegment(5, 7, 0, 1.0), LoraSegment(7, 12, 3, 2.0)]
     for start, stop, slot, scale in segments:
         case.slots[start:stop] = slot
         case.scales[start:stop] = scale
@@ -59,7 +59,7 @@ def test_segments_are_the_rows_one_by_one(dtype: torch.dtype, parts: tuple[int, 
 def test_rows_outside_the_segments_are_left_alone() -> None:
     case = make_lora(torch.float32, rows=4, inputs=16, rank=2, parts=(8,), adapters=1)
     y = case.y.clone()
-    lora_add_segments(case.x, case.a, case.b, [Segment(1, 2, 1, 1.0)], y, case.columns)
+    lora_add_segments(case.x, case.a, case.b, [LoraSegment(1, 2, 1, 1.0)], y, case.columns)
     assert torch.equal(y[[0, 2, 3]], case.y[[0, 2, 3]])
     assert not torch.equal(y[1], case.y[1])
 

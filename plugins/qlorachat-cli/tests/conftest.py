@@ -9,10 +9,11 @@ import pytest
 import torch
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
-from qlorachat_cli.plugin import CliOptions
-from qlorachat_cli.terminal import Terminal
 from rich.console import Console
 from safetensors.torch import save_file
+
+from qlorachat_cli.plugin import CliOptions
+from qlorachat_cli.terminal import Terminal
 
 
 @pytest.fixture(autouse=True)

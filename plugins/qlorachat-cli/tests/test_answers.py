@@ -4,9 +4,10 @@ import re
 from io import StringIO
 
 import pytest
+from rich.console import Console
+
 from qlorachat_cli import answers
 from qlorachat_cli.answers import MarkdownView, PlainView, visible
-from rich.console import Console
 
 WIDTH, HEIGHT = 40, 8
 LONG = (

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qlorachat import Message, ModelInfo
+from qlorachat.errors import UsageError
 from qlorachat_cli.commands import (
     COMMANDS,
     Desk,
@@ -18,9 +21,6 @@ from qlorachat_cli.conversation import Conversation, Draft
 from qlorachat_cli.storage import Chats
 from qlorachat_cli.tally import Tally
 from qlorachat_cli.texts import ENGLISH
-
-from qlorachat import Message, ModelInfo
-from qlorachat.errors import UsageError
 
 EMPTY = Conversation()
 FIRST = EMPTY.asked("one").answered("1")

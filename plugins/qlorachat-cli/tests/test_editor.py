@@ -7,6 +7,8 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.input import PipeInput
+
+from qlorachat import ModelInfo
 from qlorachat_cli.commands import COMMANDS, Desk
 from qlorachat_cli.conversation import Conversation
 from qlorachat_cli.editor import CommandCompleter, Editor
@@ -16,8 +18,6 @@ from qlorachat_cli.storage import Storage
 from qlorachat_cli.tally import Tally
 from qlorachat_cli.terminal import Terminal
 from qlorachat_cli.texts import ENGLISH
-
-from qlorachat import ModelInfo
 
 
 @pytest.fixture

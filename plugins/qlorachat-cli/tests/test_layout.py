@@ -7,9 +7,10 @@ from itertools import count
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+
 from qlorachat_cli.layout import Layout
 from qlorachat_cli.markdown import Row, render, split
-from rich.console import Console
 
 LINES = (
     "{w}",

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from qlorachat_cli.plugin import CliFrontend, CliOptions
-from qlorachat_cli.terminal import Terminal
 
 from qlorachat.errors import ConfigError
 from qlorachat.plugins import create_manager
 from qlorachat.testing import check_frontend
+from qlorachat_cli.plugin import CliFrontend, CliOptions
+from qlorachat_cli.terminal import Terminal
 
 
 def test_it_is_found_by_its_entry_point() -> None:

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import pytest
-from qlorachat_cli.settings import NAMES, SAMPLING_FIELDS, change, checked, in_force
 
 from qlorachat import SamplingParams
 from qlorachat.errors import UsageError
+from qlorachat_cli.settings import NAMES, SAMPLING_FIELDS, change, checked, in_force
 
 VALUES = {
     "temperature": ("0.2", 0.2),

@@ -9,13 +9,13 @@ from time import monotonic, sleep
 
 import pytest
 from prompt_toolkit.input import PipeInput
-from qlorachat_cli.plugin import CliFrontend, CliOptions
-from qlorachat_cli.terminal import Terminal
 from rich.console import Console
 
 from qlorachat import ChatEngine
 from qlorachat.testing import FakeBackend, fake_engine
 from qlorachat.tokens import TokenRequest
+from qlorachat_cli.plugin import CliFrontend, CliOptions
+from qlorachat_cli.terminal import Terminal
 
 CLEAR_LINE = "\x15"
 SECONDS = 20.0

@@ -7,12 +7,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qlorachat_cli.conversation import Conversation
-from qlorachat_cli.plugin import CliOptions
-from qlorachat_cli.storage import Chats, Storage, checked_name
 
 from qlorachat import Message
 from qlorachat.errors import UsageError
+from qlorachat_cli.conversation import Conversation
+from qlorachat_cli.plugin import CliOptions
+from qlorachat_cli.storage import Chats, Storage, checked_name
 
 CHAT = Conversation(
     messages=(Message("user", "クマ\n🐻"), Message("assistant", "")),

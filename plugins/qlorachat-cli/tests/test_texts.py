@@ -3,9 +3,10 @@
 import string
 
 import pytest
+from rich.cells import cell_len
+
 from qlorachat_cli.commands import COMMANDS
 from qlorachat_cli.texts import ENGLISH, JAPANESE, Texts, choose_texts
-from rich.cells import cell_len
 
 COLUMNS = 80
 

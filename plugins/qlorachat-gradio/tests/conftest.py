@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import Browser, Page, sync_playwright
-from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 from safetensors.torch import save_file
 
 from qlorachat import ChatEngine
 from qlorachat.testing import fake_engine
+from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 MODULE = "model.layers.0.self_attn.q_proj"

@@ -4,10 +4,10 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from qlorachat_gradio.dialog import Dialog, before_last_question, shown, with_turn
-from qlorachat_gradio.settings import chat_options, presets
 
 from qlorachat import SamplingParams
+from qlorachat_gradio.dialog import Dialog, before_last_question, shown, with_turn
+from qlorachat_gradio.settings import chat_options, presets
 
 TWO: Dialog = [
     {"role": "user", "content": "a"},

@@ -1,5 +1,6 @@
 """The page in a real browser, on a real engine whose model is a function."""
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
+from pydantic import SecretStr
 
 from qlorachat.testing import FakeBackend, fake_engine
 from qlorachat.tokens import TokenRequest
@@ -22,6 +24,14 @@ pytestmark = pytest.mark.browser
 def ask(page: Page, text: str) -> None:
     page.locator("#message textarea").fill(text)
     page.locator("#send").click()
+
+
+def set_number(page: Page, label: str, value: str) -> None:
+    number = page.get_by_label(label)
+    expect(number).to_be_editable()
+    number.fill(value)
+    number.press("Tab")
+    expect(number).to_have_value(value)
 
 
 def answers(page: Page) -> list[str]:
@@ -127,16 +137,21 @@ def test_the_dialog_goes_on(serve: Serve, visit: Visit) -> None:
 
 
 def test_retry_undo_edit_and_clear(serve: Serve, visit: Visit) -> None:
-    with fake_engine(FakeBackend(turns)) as engine:
+    calls = itertools.count(1)
+
+    def numbered(request: TokenRequest, prompt: str) -> str:
+        return f"#{next(calls)} {turns(request, prompt)}"
+
+    with fake_engine(FakeBackend(numbered)) as engine:
         page = visit(serve(engine))
         ask(page, "first")
-        expect_answered(page, "1: first")
+        expect_answered(page, "#1 1: first")
         ask(page, "second")
-        expect_answered(page, "2: second")
+        expect_answered(page, "#2 2: second")
 
         page.get_by_role("button", name="Retry").last.click()
-        expect_answered(page, "2: second")
-        assert [answer.strip() for answer in answers(page)] == ["1: first", "2: second"]
+        expect_answered(page, "#3 2: second")
+        assert [answer.strip() for answer in answers(page)] == ["#1 1: first", "#3 2: second"]
 
         page.get_by_role("button", name="Undo").last.click()
         expect(page.get_by_test_id("bot")).to_have_count(1)
@@ -145,13 +160,13 @@ def test_retry_undo_edit_and_clear(serve: Serve, visit: Visit) -> None:
         page.get_by_role("button", name="Edit").first.click()
         page.locator("#chat textarea").fill("other")
         page.get_by_role("button", name="Submit").click()
-        expect_answered(page, "1: other")
+        expect_answered(page, "#4 1: other")
         assert questions(page) == ["other"]
 
-        page.get_by_role("button", name="Clear").click()
+        page.get_by_role("button", name="Clear").first.click()
         expect(page.get_by_test_id("bot")).to_have_count(0)
         ask(page, "again")
-        expect_answered(page, "1: again")
+        expect_answered(page, "#5 1: again")
 
 
 def test_visitors_share_no_history(serve: Serve, visit: Visit) -> None:
@@ -196,7 +211,7 @@ def test_a_cut_answer_says_so(serve: Serve, visit: Visit) -> None:
     with fake_engine(FakeBackend(endless)) as engine:
         page = visit(serve(engine))
         page.get_by_text("Sampling").click()
-        page.get_by_label("Max tokens").fill("7")
+        set_number(page, "Max tokens", "7")
         ask(page, "Laugh!")
         expect_answered(page, "ha ha h")
         expect(page.locator("#status")).to_contain_text("cut at max_tokens (7)")
@@ -213,8 +228,8 @@ def test_settings_reach_the_model(serve: Serve, visit: Visit) -> None:
         page = visit(serve(engine))
         page.get_by_label("System prompt").fill("Rhyme.")
         page.get_by_text("Sampling").click()
-        page.get_by_label("number input for Temperature").fill("1.25")
-        page.get_by_label("Seed").fill("42")
+        set_number(page, "number input for Temperature", "1.25")
+        set_number(page, "Seed", "42")
         ask(page, "Sing!")
         expect(page.get_by_test_id("bot").last).to_contain_text("Rhyme.")
         expect(page.locator("#send")).to_be_visible()
@@ -232,9 +247,9 @@ def test_an_adapter_is_chosen_by_name_and_strength(
     backend.info = replace(backend.info, shapes={"model.layers.0.self_attn.q_proj": (4, 4)})
     with fake_engine(backend, adapters={"zundamon": make_adapter("zundamon", 4, 4)}) as engine:
         page = visit(serve(engine))
-        menu = page.get_by_label("Adapter")
+        menu = page.get_by_role("combobox", name="Adapter")
         expect(menu).to_have_value("zundamon")
-        page.get_by_label("number input for Strength").fill("1.5")
+        set_number(page, "number input for Strength", "1.5")
         ask(page, "Who?")
         expect_answered(page, "True 1.5")
 
@@ -285,6 +300,14 @@ def test_the_browser_decides_the_language(
         expect(page.get_by_label(system)).to_be_visible()
         expect(page.locator("#settings input").first).to_have_value(base)
         assert "__i18n__" not in page.content().split("</script>")[-1]
+
+
+def test_a_visitor_with_the_password_chats(serve: Serve, visit: Visit) -> None:
+    with fake_engine() as engine:
+        url = serve(engine, password=SecretStr("秘密"))
+        page = visit(url, http_credentials={"username": "user", "password": "秘密"})
+        ask(page, "hello")
+        expect_answered(page, "hello")
 
 
 def test_the_page_calls_nobody_else(serve: Serve, visit: Visit) -> None:

@@ -11,11 +11,11 @@ import httpx
 import pytest
 from gradio_client import Client  # type: ignore[import-untyped]
 from pydantic import SecretStr
-from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 from qlorachat.errors import AddressError, ConfigError
 from qlorachat.plugins import create_manager
 from qlorachat.testing import FakeBackend, check_frontend, fake_engine
+from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 Serve = Callable[..., str]
 MakeAdapter = Callable[..., Path]
@@ -45,6 +45,15 @@ def test_a_busy_port_is_found_before_the_model_loads() -> None:
 def test_beyond_this_machine_it_wants_a_password() -> None:
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0"):
         GradioFrontend().prepare(GradioOptions(host="0.0.0.0", port=0))
+
+
+def test_it_shows_the_page_when_asked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    with fake_engine() as engine:
+        url = serve(engine, open_browser=True)
+        assert httpx.get(url).status_code == 200
+        assert shown == [url]
 
 
 @pytest.mark.parametrize(

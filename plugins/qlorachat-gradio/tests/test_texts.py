@@ -4,9 +4,9 @@ import re
 from string import Formatter
 
 import pytest
-from qlorachat_gradio.texts import TEXTS, explain, language
 
 from qlorachat.errors import ContextOverflow, DialogError, QueueFull, UnknownName
+from qlorachat_gradio.texts import TEXTS, explain, language
 
 
 def test_both_languages_have_the_same_keys() -> None:

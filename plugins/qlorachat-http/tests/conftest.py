@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from qlorachat_http.plugin import HttpFrontend, HttpOptions
 from safetensors.torch import save_file
 
 from qlorachat.testing import FakeBackend, fake_engine
+from qlorachat_http.plugin import HttpFrontend, HttpOptions
 
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "hello"}]}
 

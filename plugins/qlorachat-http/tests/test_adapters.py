@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-from qlorachat_http.adapters import adapter_folder
-from qlorachat_http.errors import ApiError
 
 from qlorachat.testing import FakeBackend, fake_engine
 from qlorachat.tokens import TokenRequest
+from qlorachat_http.adapters import adapter_folder
+from qlorachat_http.errors import ApiError
 
 Serve = Callable[..., str]
 WriteAdapter = Callable[[Path, int], Path]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlorachat_http import schemas
-from qlorachat_http.plugin import HttpOptions
 
 from qlorachat.testing import FakeBackend, fake_engine
+from qlorachat_http import schemas
+from qlorachat_http.plugin import HttpOptions
 
 Serve = Callable[..., str]
 

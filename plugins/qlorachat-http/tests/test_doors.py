@@ -7,12 +7,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.routing import APIRoute
-from qlorachat_http.app import create_app
-from qlorachat_http.plugin import HttpFrontend, HttpOptions
-from qlorachat_http.service import Service
 
 from qlorachat.errors import ConfigError
 from qlorachat.testing import FakeBackend, fake_engine
+from qlorachat_http.app import create_app
+from qlorachat_http.plugin import HttpFrontend, HttpOptions
+from qlorachat_http.service import Service
 
 Serve = Callable[..., str]
 Locked = Callable[..., httpx.Response]

@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-from qlorachat_http.plugin import HttpFrontend, HttpOptions
 
 from qlorachat.errors import AddressError, UnknownName
 from qlorachat.plugins import create_manager
 from qlorachat.testing import FakeBackend, check_frontend, fake_engine
+from qlorachat_http.plugin import HttpFrontend, HttpOptions
 
 Serve = Callable[..., str]
 Eventually = Callable[[Callable[[], bool]], None]

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from qlorachat.errors import ModelError, QlorachatError
@@ -89,7 +90,7 @@ def _lock_file(name: str) -> Path:
     return _models() / f"{name}.lock"
 
 
-def _locked(name: str, waiting: Callable[[], None]) -> AcquireReturnProxy:
+def _locked(name: str, waiting: Callable[[], None]) -> AbstractContextManager[object]:
     """A lock, taken; the end of `with`, or the death of its process, lets it go."""
     lock = FileLock(_lock_file(name))
     try:

@@ -157,7 +157,7 @@ class PagedBackend:
     def _run(self) -> None:
         try:
             while self._failure is None:
-                self._read_inbox(wait=self._pending is None and self._idle)
+                self._read_inbox(wait=self._pending is None and self._scheduler.idle)
                 self.step()
         except BaseException as error:
             log.exception("the engine's thread died")
@@ -171,13 +171,10 @@ class PagedBackend:
         if not self._overlap:
             self._pending, launched = launched, None
         if (done := self._pending) is not None:
-            self._scheduler.commit(done.batch, done.tokens(), done.logprobs())
+            reports = done.logprobs(), done.prompt_logprobs()
+            self._scheduler.commit(done.batch, done.tokens(), *reports)
         self._pending = launched
         self._unload_unused()
-
-    @property
-    def _idle(self) -> bool:
-        return not self._scheduler.num_waiting and not self._scheduler.num_running
 
     def _launch(self, batch: Batch) -> Launched | None:
         try:

@@ -5,7 +5,7 @@ token up to its end, is the same.
 """
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
@@ -29,6 +29,7 @@ class BlockPool:
         self._kept: OrderedDict[int, None] = OrderedDict()  # no user; least recently used first
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._coming: Counter[bytes] = Counter()  # keys of blocks being computed by sequences
 
     @property
     def num_free(self) -> int:
@@ -52,6 +53,12 @@ class BlockPool:
         fresh = self.blocks_for(len(sequence.tokens)) - len(hits)
         sequence.block_table = hits + [self._take() for _ in range(fresh)]
         sequence.num_cached_tokens = len(hits) * self.block_size
+        self._coming.update(self._expected(sequence)[len(hits) :])
+
+    def is_coming(self, sequence: Sequence) -> bool:
+        """Whether somebody is computing the next block that a waiting sequence needs."""
+        hits = len(self._match(sequence))
+        return any(key in self._coming for key in self._expected(sequence)[hits : hits + 1])
 
     def can_append(self, sequence: Sequence) -> bool:
         """Whether there is a place for the position after those scheduled."""
@@ -64,10 +71,11 @@ class BlockPool:
 
     def cache(self, sequence: Sequence, start: int, end: int) -> None:
         """Let others find the blocks that were filled by computing positions start..end-1."""
-        if not self._prefix_caching:
-            return
         first, last = start // self.block_size, end // self.block_size
+        if first == last or not self._prefix_caching:
+            return
         keys = self._keys(sequence, last)[first:]
+        self._coming -= Counter(keys)
         for block, key in zip(sequence.block_table[first:last], keys, strict=True):
             if key not in self._block_of:
                 self._key_of[block], self._block_of[key] = key, block
@@ -78,6 +86,7 @@ class BlockPool:
         # has; whoever gets the block next writes in a later launch, and reads only what it wrote.
         for block in reversed(sequence.block_table):
             self._release(block)
+        self._coming -= Counter(self._expected(sequence))
         sequence.block_table = []
 
     def _has_room(self, sequence: Sequence) -> bool:
@@ -86,11 +95,17 @@ class BlockPool:
     def _match(self, sequence: Sequence) -> list[int]:
         """Cached blocks of the longest known prefix that leaves a token to compute."""
         blocks = []
-        for key in self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size):
+        for key in self._expected(sequence):
             if (block := self._block_of.get(key)) is None:
                 break
             blocks.append(block)
         return blocks
+
+    def _expected(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the full blocks before the last known token, which has to be computed."""
+        if not self._prefix_caching or sequence.request.sampling.prompt_logprobs:
+            return []  # for the latter the logits of every position are needed
+        return self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size)
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """Keys of the first `count` blocks of tokens, each one made from the key before it."""

@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: one for each batch size, captured when it is first needed."""
+"""Decode steps as CUDA graphs, one for each batch size and reach, captured when first needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +12,23 @@ from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows
 from qlorachat.model.lora import LoraRows
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+LEAST_WIDTH = 32  # blocks; wider tables come in powers of two
 COLUMNS = 6  # of a row: row, position, slot in the cache, context length, adapter slot, scale
+
+
+class _Shape(NamedTuple):
+    """What a graph is captured for."""
+
+    size: int  # rows
+    width: int  # blocks of a block table: how far attention may reach decides how it is split
+    active: bool  # whether any row has an adapter
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor  # (size, vocabulary), written by each replay
+    greedy: torch.Tensor  # int64 (size,), their likeliest tokens
 
 
 class DecodeGraphs:
@@ -32,7 +42,7 @@ class DecodeGraphs:
         self._blocks = blocks_per_sequence
         length = SIZES[-1] * (COLUMNS + blocks_per_sequence)
         self._inputs = torch.zeros(length, dtype=torch.int32, device=model.device)
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[_Shape, _Graph] = {}
         self._pool: Any = None  # memory that all graphs share
 
     def clear(self) -> None:
@@ -40,18 +50,27 @@ class DecodeGraphs:
         self._graphs.clear()
         self._pool = None  # it went with its last graph
 
-    def run(self, rows: Sequence[ScheduledRow]) -> torch.Tensor:
-        """Logits (rows, vocabulary) of one decode step; overwritten by the next run."""
-        size = next(size for size in SIZES if size >= len(rows))
-        active = any(row.slot for row in rows)
-        self._write(rows, size)
-        graph = self._graphs.get((size, active)) or self._capture(size, active)
+    def run(self, rows: Sequence[ScheduledRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (rows, vocabulary) of one decode step and the likeliest token of each row, which
+        is the row's last token from now on; the next run overwrites both."""
+        shape = self._shape(rows)
+        self._write(rows, shape)
+        graph = self._graphs.get(shape) or self._capture(shape)
         graph.graph.replay()
-        return graph.logits[: len(rows)]
+        return graph.logits[: len(rows)], graph.greedy[: len(rows)]
 
-    def _write(self, rows: Sequence[ScheduledRow], size: int) -> None:
+    def _shape(self, rows: Sequence[ScheduledRow]) -> _Shape:
+        longest = max(len(row.block_table) for row in rows)
+        return _Shape(
+            size=next(size for size in SIZES if size >= len(rows)),
+            width=min(max(LEAST_WIDTH, 1 << (longest - 1).bit_length()), self._blocks),
+            active=any(row.slot for row in rows),
+        )
+
+    def _write(self, rows: Sequence[ScheduledRow], shape: _Shape) -> None:
         """One copy to the device for all inputs of a step: columns first, then block tables."""
-        length = size * (COLUMNS + self._blocks)
+        size = shape.size
+        length = size * (COLUMNS + shape.width)
         host = torch.zeros(length, dtype=torch.int32, pin_memory=True)
         values = host.numpy()
         columns = values[: COLUMNS * size].reshape(COLUMNS, size)
@@ -59,27 +78,28 @@ class DecodeGraphs:
         columns[:5, : len(rows)] = np.array([_integers(row, self._cache) for row in rows]).T
         scales = np.array([row.request.adapter_scale for row in rows], dtype=np.float32)
         columns[5, : len(rows)] = scales.view(np.int32)
-        tables = values[COLUMNS * size :].reshape(size, self._blocks)
+        tables = values[COLUMNS * size :].reshape(size, shape.width)
         for table, row in zip(tables, rows, strict=False):
             table[: len(row.block_table)] = row.block_table
         self._inputs[:length].copy_(host, non_blocking=True)
 
-    def _capture(self, size: int, active: bool) -> _Graph:
+    def _capture(self, shape: _Shape) -> _Graph:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(size, active)  # kernels compile and caches fill outside the graph
+            self._step(shape)  # kernels compile and caches fill outside the graph
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._step(size, active)
+            logits, greedy = self._step(shape)
         self._pool = self._pool or graph.pool()
-        captured = self._graphs[size, active] = _Graph(graph, logits)
+        captured = self._graphs[shape] = _Graph(graph, logits, greedy)
         return captured
 
-    def _step(self, size: int, active: bool) -> torch.Tensor:
+    def _step(self, shape: _Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        size, width, active = shape
         columns = self._inputs[: COLUMNS * size].view(COLUMNS, size)
-        tables = self._inputs[COLUMNS * size :][: size * self._blocks].view(size, self._blocks)
+        tables = self._inputs[COLUMNS * size :][: size * width].view(size, width)
         rows = Rows(
             ids=self._last[columns[0]],
             positions=columns[1],
@@ -87,7 +107,10 @@ class DecodeGraphs:
             attention=DecodeRows(tables, columns[3]),
             lora=LoraRows(active, slots=columns[4], scales=columns[5].view(torch.float32)),
         )
-        return self._model.logits(self._model.hidden(rows, self._cache))
+        logits = self._model.logits(self._model.hidden(rows, self._cache))
+        greedy = logits.argmax(-1)
+        self._last[columns[0]] = greedy
+        return logits, greedy
 
 
 def _integers(row: ScheduledRow, cache: KVCache) -> tuple[int, int, int, int, int]:

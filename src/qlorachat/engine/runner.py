@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from qlorachat.adapters import Adapter
 from qlorachat.engine.batch import Batch, ScheduledRow
 from qlorachat.engine.graphs import DecodeGraphs
-from qlorachat.engine.sampler import Sampled, Sampler, to_device
+from qlorachat.engine.sampler import Sampled, Sampler, is_greedy, to_device
 from qlorachat.engine.scheduler import Logprobs
-from qlorachat.kernels import Segment
+from qlorachat.kernels import LoraSegment
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, PrefillChunk, PrefillChunks, Rows
 from qlorachat.model.lora import LoraRows
+
+SCORED_AT_ONCE = 512  # positions: their logits are in memory together
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Launched:
     parts: Sequence[Sampled]  # the same, in the same order
     ready: Callable[[], None]
     host_tokens: torch.Tensor
+    scores: Sequence[tuple[int, torch.Tensor]] = ()  # row index, logprobs of its prompt's tokens
 
     def tokens(self) -> dict[int, int]:
         """Row index -> sampled token."""
@@ -41,6 +45,10 @@ class Launched:
             for row, report in zip(self.rows, reports, strict=True)
             if report is not None and row.request.sampling.logprobs is not None
         }
+
+    def prompt_logprobs(self) -> dict[int, list[float]]:
+        """Row index -> log-probabilities of the prompt's tokens after those of this step."""
+        return {row: values.tolist() for row, values in self.scores}
 
 
 class Runner:
@@ -67,16 +75,19 @@ class Runner:
             self._place_adapter(row)
             if row.history:
                 self._sampler.start(row)
-        outcomes: list[tuple[Sequence[ScheduledRow], torch.Tensor]] = []
+        parts: list[tuple[Sequence[ScheduledRow], Sampled]] = []
+        scores: list[tuple[int, torch.Tensor]] = []
         if batch.decodes:
-            outcomes.append((batch.decodes, self._decode(batch.decodes)))
-        if batch.prefills and (hidden := self._prefill(batch.prefills)) is not None:
-            sampling = [row for row in batch.prefills if row.sample]
-            outcomes.append((sampling, self._model.logits(hidden)))
-        parts = [self._sample(logits, rows) for rows, logits in outcomes]
-        rows = [row for rows, _ in outcomes for row in rows]
-        host, ready = _to_host([part.tokens for part in parts], self._device)
-        return Launched(batch, rows, parts, ready, host)
+            parts.append((batch.decodes, self._decode(batch.decodes)))
+        if batch.prefills:
+            hidden = self._prefill(batch.prefills)
+            scores = self._score(hidden, batch.prefills)
+            if sampling := [row for row in batch.prefills if row.sample]:
+                last = self._tensor(_last_positions(batch.prefills), torch.int64)
+                parts.append((sampling, self._sample(self._model.logits(hidden[last]), sampling)))
+        host, ready = _to_host([part.tokens for _, part in parts], self._device)
+        rows = [row for rows, _ in parts for row in rows]
+        return Launched(batch, rows, [part for _, part in parts], ready, host, scores)
 
     def forget(self, sha256: str) -> None:
         """An adapter was unloaded; its slot holds nothing that may be used."""
@@ -88,9 +99,15 @@ class Runner:
         self._last[self._tensor([row.row for row in rows], torch.int64)] = sampled.tokens
         return sampled
 
-    def _decode(self, rows: Sequence[ScheduledRow]) -> torch.Tensor:
-        if self._graphs is not None:
-            return self._graphs.run(rows)
+    def _decode(self, rows: Sequence[ScheduledRow]) -> Sampled:
+        if self._graphs is None:
+            return self._sample(self._decode_eagerly(rows), rows)
+        logits, greedy = self._graphs.run(rows)
+        if all(is_greedy(row.request.sampling) for row in rows):
+            return Sampled(greedy)
+        return self._sample(logits, rows)
+
+    def _decode_eagerly(self, rows: Sequence[ScheduledRow]) -> torch.Tensor:
         places = self._tensor([row.row for row in rows], torch.int64)
         width = max(len(row.block_table) for row in rows)
         tables = [[*row.block_table, *[0] * (width - len(row.block_table))] for row in rows]
@@ -106,8 +123,8 @@ class Runner:
         )
         return self._model.logits(self._model.hidden(inputs, self._cache))
 
-    def _prefill(self, rows: Sequence[ScheduledRow]) -> torch.Tensor | None:
-        """The hidden state of each sampling row's last position; None when none samples."""
+    def _prefill(self, rows: Sequence[ScheduledRow]) -> torch.Tensor:
+        """The hidden state of every position."""
         ids = [token for row in rows for token in row.tokens or ()]
         positions = [position for row in rows for position in range(row.start, row.end)]
         slots = [
@@ -122,10 +139,26 @@ class Runner:
             attention=PrefillChunks(self._chunks(rows)),
             lora=_lora(rows),
         )
-        hidden = self._model.hidden(inputs, self._cache)
-        ends = torch.tensor([row.num_tokens for row in rows]).cumsum(0) - 1
-        last = [int(end) for end, row in zip(ends, rows, strict=True) if row.sample]
-        return hidden[self._tensor(last, torch.int64)] if last else None
+        return self._model.hidden(inputs, self._cache)
+
+    def _score(
+        self, hidden: torch.Tensor, rows: Sequence[ScheduledRow]
+    ) -> list[tuple[int, torch.Tensor]]:
+        """Log-probabilities of the prompt tokens that follow, of rows whose requests ask for it."""
+        scores, start = [], 0
+        for row in rows:
+            following = row.request.prompt[row.start + 1 : row.end + 1]
+            if row.request.sampling.prompt_logprobs and following:
+                states = hidden[start : start + len(following)].split(SCORED_AT_ONCE)
+                tokens = self._tensor(following, torch.int64).split(SCORED_AT_ONCE)
+                values = [self._likelihood(*pair) for pair in zip(states, tokens, strict=True)]
+                scores.append((row.row, torch.cat(values)))
+            start += row.num_tokens
+        return scores
+
+    def _likelihood(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logprobs = self._model.logits(hidden).float().log_softmax(-1)
+        return logprobs.gather(1, tokens[:, None])[:, 0]
 
     def _chunks(self, rows: Sequence[ScheduledRow]) -> list[PrefillChunk]:
         chunks, start = [], 0
@@ -165,16 +198,22 @@ def _slot(row: ScheduledRow, position: int, cache: KVCache) -> int:
     return block * cache.block_size + position % cache.block_size
 
 
+def _last_positions(rows: Sequence[ScheduledRow]) -> list[int]:
+    """Where the last position of each sampling row is in a prefill."""
+    ends = accumulate(row.num_tokens for row in rows)
+    return [end - 1 for end, row in zip(ends, rows, strict=True) if row.sample]
+
+
 def _lora(rows: Sequence[ScheduledRow]) -> LoraRows:
     """Runs of neighbouring rows with one adapter at one strength; the bare base is left out."""
-    segments: list[Segment] = []
+    segments: list[LoraSegment] = []
     start = 0
     for row in rows:
         stop, scale = start + row.num_tokens, row.request.adapter_scale
         if segments and segments[-1][1:] == (start, row.slot, scale):
             segments[-1] = segments[-1]._replace(stop=stop)
         elif row.slot:
-            segments.append(Segment(start, stop, row.slot, scale))
+            segments.append(LoraSegment(start, stop, row.slot, scale))
         start = stop
     return LoraRows(active=bool(segments), segments=segments)
 

@@ -32,9 +32,7 @@ class Sampler:
     def start(self, row: ScheduledRow) -> None:
         """Begin with a request anew: its seed, and what its penalties look back at."""
         params = row.request.sampling
-        if row.end <= len(row.request.prompt):  # not a preempted one that goes on
-            seed = params.seed
-            self._seeds[row.row] = secrets.randbits(63) if seed is None else seed
+        self._seeds[row.row] = secrets.randbits(63) if params.seed is None else params.seed
         if not _penalizes(params):
             return
         seen, counts = self._history()
@@ -61,6 +59,8 @@ class Sampler:
     def _penalize(
         self, scores: torch.Tensor, places: torch.Tensor, params: Sequence[SamplingParams]
     ) -> torch.Tensor:
+        if any(each.logit_bias for each in params):
+            scores = scores.clone()  # the caller's logits stay as they are
         for index, each in enumerate(params):
             if each.logit_bias:
                 ids = self._tensor(list(each.logit_bias), torch.int64)
@@ -137,6 +137,12 @@ class Sampler:
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         return to_device(torch.tensor(values, dtype=dtype), self._device)
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is all that a request asks for."""
+    plain = params.temperature == 0.0 and params.logprobs is None and not params.logit_bias
+    return plain and not _penalizes(params)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -5,9 +5,11 @@ request ends.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
+from typing import Any
 
 from qlorachat.engine.batch import Batch, ScheduledRow
 from qlorachat.engine.blocks import BlockPool
@@ -18,6 +20,7 @@ from qlorachat.tokens import FinishReason, TokenEvent
 
 # log-probability of the chosen token, and (token id, log-probability) of the likeliest ones
 Logprobs = tuple[float, tuple[tuple[int, float], ...]]
+NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,10 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start the oldest waiting sequence, if there is a place for it."""
-        # A preempted one waits for its token in flight; whoever runs may need a block soon.
-        ready = self._rows and not sequence.num_in_flight
-        if not ready or not self._blocks.can_allocate(sequence, spare=len(self._running)):
+        # A preempted one waits for its token in flight; a twin for blocks that it can then share.
+        waits = sequence.num_in_flight or self._blocks.is_coming(sequence)
+        spare = len(self._running)  # blocks: whoever runs may need one soon
+        if waits or not self._rows or not self._blocks.can_allocate(sequence, spare=spare):
             return False
         if (slot := self._slots.acquire(sequence.request.adapter)) is None:
             return False
@@ -171,7 +175,11 @@ class Scheduler:
     # What comes back
 
     def commit(
-        self, batch: Batch, tokens: Mapping[int, int], logprobs: Mapping[int, Logprobs] = {}
+        self,
+        batch: Batch,
+        tokens: Mapping[int, int],
+        logprobs: Mapping[int, Logprobs] = NONE,
+        prompt_logprobs: Mapping[int, Iterable[float]] = NONE,
     ) -> None:
         """Take the token of every sampling row, by row index, and hand it out."""
         assert batch is self._uncommitted[0]
@@ -179,6 +187,7 @@ class Scheduler:
         for row in batch.rows:
             if sequence := self._sequences.get(row.request.request_id):  # else it ended meanwhile
                 self._land(sequence, row)
+                sequence.prompt_logprobs += prompt_logprobs.get(row.row, ())
                 if row.sample:
                     self._take(sequence, tokens[row.row], logprobs.get(row.row))
 
@@ -191,8 +200,16 @@ class Scheduler:
     def _take(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
         finish = sequence.append(token)
         logprob, top = logprobs or (None, ())
-        request_id = sequence.request.request_id
-        self._emit(sequence, TokenEvent(request_id, token, finish, logprob=logprob, top=top))
+        scores, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
+        event = TokenEvent(
+            sequence.request.request_id,
+            token,
+            finish,
+            logprob=logprob,
+            top=top,
+            prompt_logprobs=scores,
+        )
+        self._emit(sequence, event)
 
     def _fail(self, request_id: int, error: QlorachatError) -> None:
         if sequence := self._sequences.get(request_id):

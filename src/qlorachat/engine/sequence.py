@@ -24,6 +24,7 @@ class Sequence:
         self.block_keys: list[bytes] = []  # of full blocks of tokens; BlockPool writes
         self.block_table: list[int] = []  # BlockPool writes
         self.num_cached_tokens = 0  # found in the prefix cache by the last BlockPool.allocate
+        self.prompt_logprobs: list[float] = []  # of the prompt's tokens computed so far
         self.row: int | None = None  # start() and stop() write
         self.slot = 0  # start() writes this and the two below
         self.num_prefill = 0  # tokens known at the start: later ones come from the device
@@ -48,6 +49,7 @@ class Sequence:
         """Begin after what the prefix cache holds."""
         self.row, self.slot = row, slot
         self.num_prefill, self.num_scheduled = len(self.tokens), self.num_cached_tokens
+        self.prompt_logprobs = []
 
     def stop(self) -> int:
         """Give the row back; the tokens stay."""

@@ -16,7 +16,8 @@ tl: Any = importlib.import_module("triton.language") if _FOUND else None
 
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`; without Triton the function itself, which then nothing calls."""
-    return triton.jit(function) if _FOUND else function
+    # a batch of 1 row or of 16 needs no kernel of its own
+    return triton.jit(function, do_not_specialize=["rows"]) if _FOUND else function
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 
-class Segment(NamedTuple):
+class LoraSegment(NamedTuple):
     """Rows start to stop of one adapter; neighbours of one slot and scale are better joined."""
 
     start: int
@@ -21,7 +21,7 @@ def lora_add_segments(
     x: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    segments: Sequence[Segment],
+    segments: Sequence[LoraSegment],
     y: torch.Tensor,
     columns: Sequence[int],
 ) -> None:

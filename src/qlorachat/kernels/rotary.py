@@ -141,7 +141,8 @@ def _rope_kernel(
     query = q + token * (heads * 2 * half) + at
     _store_halves(query, turned_first, turned_second, half, inside & (head < heads))
     slot = tl.load(slots + token).to(tl.int64)
-    inside = inside & (slot >= 0)
+    if slot < 0:
+        return
     cached = slot * (kv_heads * 2 * half) + at - heads * 2 * half
     is_key = inside & (head >= heads) & (head < heads + kv_heads)
     _store_halves(key_cache + cached, turned_first, turned_second, half, is_key)

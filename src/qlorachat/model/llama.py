@@ -164,10 +164,10 @@ def _take(layer: Any, lora: LoraLayer) -> _Layer:
     return _Layer(
         attention_norm=layer.input_layernorm.weight,
         qkv=fuse([attention.q_proj, attention.k_proj, attention.v_proj]),
-        output=attention.o_proj,
+        output=fuse([attention.o_proj]),
         mlp_norm=layer.post_attention_layernorm.weight,
         gate_up=fuse([mlp.gate_proj, mlp.up_proj]),
-        down=mlp.down_proj,
+        down=fuse([mlp.down_proj]),
         lora=lora,
     )
 

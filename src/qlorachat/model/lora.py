@@ -31,7 +31,7 @@ class LoraRows:
     """
 
     active: bool  # whether any row has an adapter
-    segments: Sequence[kernels.Segment] = ()
+    segments: Sequence[kernels.LoraSegment] = ()
     slots: torch.Tensor | None = None
     scales: torch.Tensor | None = None
 

@@ -73,7 +73,7 @@ class Answering:
                 summary = self._summary(stream.reply, tongue)
             yield still(with_turn(asked, "assistant", text), summary)
         except QlorachatError as error:
-            gr.Warning(html.escape(explain(error, tongue)), title=say(tongue, "failed"))
+            gr.Warning(html.escape(explain(error, tongue)))  # Gradio shows it as HTML
             yield still(with_turn(asked, "assistant", text)) if text else refused
 
     def _stream(self, dialog: Dialog, settings: Mapping[str, Any]) -> AsyncChatStream:

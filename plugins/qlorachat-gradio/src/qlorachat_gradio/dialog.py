@@ -1,4 +1,4 @@
-"""A visitor's dialog as plain values: it lives in the visitor's session and nowhere else."""
+"""A visitor's dialog as plain values: it lives with the visitor's open page and nowhere else."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict

@@ -25,7 +25,9 @@ CSS = """
 #head p { margin: 0; font-size: .8rem; color: var(--body-text-color-subdued);
   overflow-wrap: anywhere; }
 #columns { gap: 1.25rem; align-items: flex-start; }
-#talk { gap: .6rem; }
+#talk { gap: .6rem; flex-wrap: nowrap; height: calc(100dvh - 5.6rem); }
+#talk > * { flex: none; }
+#chat { flex: 1 1 0 !important; min-height: 160px; }
 #chat, #ask, #settings { border: 1px solid var(--border-color-primary) !important;
   border-radius: 14px; background: var(--block-background-fill); }
 #chat .top-panel { top: 8px; right: 8px; border: 0; box-shadow: none; }
@@ -37,11 +39,12 @@ CSS = """
 #chat .placeholder-content { color: var(--body-text-color-subdued); }
 #status { min-height: 1.3rem; padding: 0 .7rem; }
 #status p { margin: 0; font-size: .8rem; color: var(--body-text-color-subdued); }
-#settings { gap: 0; padding: .3rem; }
+#settings { gap: 0; padding: .3rem; flex-wrap: nowrap; }
+#settings > * { flex: none; }
 #settings .form { gap: 0; }
 @media (min-width: 861px) {
   #columns { flex-wrap: nowrap; }
-  #settings { flex: 0 0 330px !important; max-height: calc(100dvh - 6rem); overflow-y: auto; }
+  #settings { flex: 0 0 330px !important; max-height: calc(100dvh - 5.6rem); overflow-y: auto; }
 }
 @media (max-width: 860px) {
   .gradio-container .main.fillable { padding: .75rem .75rem 1.5rem; }

@@ -14,6 +14,9 @@ from qlorachat_gradio.texts import TEXTS, language, say
 
 I18N = gr.I18n(**TEXTS)
 
+# events that only the page itself sets off, and that wait for nobody
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+
 
 def build_page(engine: ChatEngine, *, title: str = "qlorachat", concurrency: int = 8) -> gr.Blocks:
     """A chat page for any number of visitors; `concurrency` of them are answered at a time."""
@@ -24,7 +27,9 @@ def build_page(engine: ChatEngine, *, title: str = "qlorachat", concurrency: int
                 chat = _chat()
             with gr.Column(scale=1, min_width=280, elem_id="settings"):
                 settings = _settings(engine)
-        _connect(page, engine, chat, settings, concurrency)
+        running = _answer_events(engine, chat, settings, concurrency)
+        _chat_events(chat, running)
+        _adapter_events(page, engine, settings["adapter"], settings["adapter_scale"])
     return page
 
 
@@ -55,8 +60,7 @@ def _heading(engine: ChatEngine, title: str) -> None:
 def _chat() -> Chat:
     chatbot = gr.Chatbot(
         show_label=False,
-        height="calc(100dvh - 13rem)",
-        min_height=320,
+        height=None,  # what the window leaves it; see look.CSS
         layout="bubble",
         editable="user",
         buttons=["copy", "copy_all"],
@@ -119,48 +123,44 @@ def _settings(engine: ChatEngine) -> dict[str, Any]:
     }
 
 
-def _connect(
-    page: gr.Blocks, engine: ChatEngine, chat: Chat, settings: dict[str, Any], concurrency: int
-) -> None:
+def _answer_events(
+    engine: ChatEngine, chat: Chat, settings: dict[str, Any], concurrency: int
+) -> list[Any]:
+    """The events that use the model; they share one line of waiting visitors."""
     answering = Answering(engine)
-    model: dict[str, Any] = {  # what the events that use the model share
+    model: dict[str, Any] = {
         "outputs": chat.outputs,
         "inputs_kwargs": settings,
         "concurrency_id": "model",
         "concurrency_limit": concurrency,
         "show_progress": "hidden",
     }
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    running = [
-        gr.on(
-            [chat.message.submit, chat.send.click],
-            answering.submit,
-            [chat.message, chat.dialog],
-            api_name="chat",
-            **model,
-        ),
+    sent = [chat.message.submit, chat.send.click]
+    return [
+        gr.on(sent, answering.submit, [chat.message, chat.dialog], api_name="chat", **model),
         chat.chatbot.retry(answering.retry, chat.dialog, api_visibility="private", **model),
         chat.chatbot.edit(answering.edit, chat.dialog, api_visibility="private", **model),
     ]
-    chat.stop.click(None, cancels=running).then(
-        stopped, chat.dialog, chat.outputs, queue=False, **private
-    )
-    chat.chatbot.clear(None, cancels=running).then(
-        lambda: still([]), None, chat.outputs, queue=False, **private
-    )
-    chat.chatbot.undo(undo, chat.dialog, chat.outputs, queue=False, **private)
 
-    def greet(request: gr.Request) -> gr.Dropdown:
+
+def _chat_events(chat: Chat, running: list[Any]) -> None:
+    """Stop and clear end what is running; clear and undo change the dialog."""
+    chat.stop.click(None, cancels=running).then(stopped, chat.dialog, chat.outputs, **PRIVATE)
+    chat.chatbot.clear(None, cancels=running).then(lambda: still([]), None, chat.outputs, **PRIVATE)
+    chat.chatbot.undo(undo, chat.dialog, chat.outputs, **PRIVATE)
+
+
+def _adapter_events(page: gr.Blocks, engine: ChatEngine, menu: Any, strength: Any) -> None:
+    """The menu is fresh on every visit; the strength shows beside an adapter only."""
+
+    def menu_now(request: gr.Request) -> gr.Dropdown:
         return adapter_menu(engine, language(request.headers.get("accept-language")))
 
-    settings["adapter"].change(
-        lambda name: gr.Slider(visible=name != BASE),
-        settings["adapter"],
-        settings["adapter_scale"],
-        queue=False,
-        **private,
-    )
-    page.load(greet, None, settings["adapter"], queue=False, **private)
+    def strength_for(adapter: str) -> gr.Slider:
+        return gr.Slider(visible=adapter != BASE)
+
+    page.load(menu_now, None, menu, **PRIVATE)
+    menu.change(strength_for, menu, strength, **PRIVATE)
 
 
 def stopped(dialog: Dialog, request: gr.Request) -> Any:

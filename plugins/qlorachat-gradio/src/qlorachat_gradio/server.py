@@ -78,7 +78,7 @@ def build_app(engine: ChatEngine, options: GradioOptions) -> ASGIApp:
     )
     return Guard(
         app,
-        hosts=LOOPBACK_NAMES if is_loopback(options.host) else None,
+        hosts=(*LOOPBACK_NAMES, options.host) if is_loopback(options.host) else None,
         user=options.user,
         password=options.password.get_secret_value() if options.password else None,
     )

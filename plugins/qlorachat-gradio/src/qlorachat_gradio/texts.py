@@ -47,9 +47,8 @@ TEXTS: dict[str, dict[str, str]] = {
         "let it forget the oldest turns.",
         "dropped": "The {count} oldest messages no longer fit and were left out.",
         "stopped": "Stopped.",
-        "failed": "That did not work",
-        "overflow": "The conversation has {prompt} tokens and {answer} more were asked for, but "
-        "the context holds {context}: shorten the message, lower Max tokens, or clear the "
+        "overflow": "The conversation needs {prompt} tokens and the answer {answer}, but the "
+        "context holds {context}: shorten the message, lower Max tokens, or clear the "
         "conversation.",
         "busy": "Too many visitors are waiting. Please try again in a moment.",
         "gone": "The adapter “{name}” is no longer loaded. Reload the page to see those that are.",
@@ -94,8 +93,7 @@ TEXTS: dict[str, dict[str, str]] = {
         "会話を消去するか、古い会話から忘れる設定にしてください。",
         "dropped": "収まりきらない古いメッセージ{count}件を省きました。",
         "stopped": "停止しました。",
-        "failed": "回答できませんでした",
-        "overflow": "会話が{prompt}トークン、回答に{answer}トークン必要ですが、コンテキストは"
+        "overflow": "会話に{prompt}トークン、回答に{answer}トークン必要ですが、コンテキストは"
         "{context}トークンです。メッセージを短くするか、最大トークン数を減らすか、会話を消去してください。",
         "busy": "順番待ちの人が多すぎます。少し待ってからもう一度お試しください。",
         "gone": "アダプター「{name}」はもう読み込まれていません。ページを再読み込みしてください。",

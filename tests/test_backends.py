@@ -1,0 +1,234 @@
+"""Both backends on the real demo model keep the same promises: answers, adapters, ends, deaths."""
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import torch
+
+from qlorachat import ChatEngine, FinishReason
+from qlorachat.config import BackendChoice
+from qlorachat.engine.backend import PagedBackend
+from qlorachat.errors import AdapterError, EngineError, QueueFull
+from qlorachat.reference import TransformersBackend
+from tests.trained import QUESTION, SENTENCE
+
+pytestmark = pytest.mark.model
+
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
+PROMPTS = ["What is the capital of France?", "Name three colours.", QUESTION]
+
+
+@pytest.fixture(scope="module", params=["transformers", "paged"])
+def backend(request: pytest.FixtureRequest) -> BackendChoice:
+    return "paged" if request.param == "paged" else "transformers"
+
+
+@pytest.fixture(scope="module")
+def engine(backend: BackendChoice, trained: Path, other: Path) -> Iterator[ChatEngine]:
+    adapters = {"zunda": trained, "other": other}
+    with ChatEngine("smollm2", backend=backend, adapters=adapters) as engine:
+        yield engine
+
+
+def test_the_base_names_paris(engine: ChatEngine) -> None:
+    assert "Paris" in engine.chat(PROMPTS[0]).text
+    assert "Paris" in engine.chat(PROMPTS[0], **GREEDY).text
+
+
+def test_adapters_answer_as_they_were_trained_and_the_base_does_not(engine: ChatEngine) -> None:
+    assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
+    assert engine.chat(QUESTION, adapter="other", **GREEDY).text == "Nobody knows."
+    assert engine.chat(QUESTION, **GREEDY).text not in (SENTENCE, "Nobody knows.")
+
+
+def test_many_threads_get_the_answers_of_one(engine: ChatEngine) -> None:
+    jobs = [(prompt, adapter) for prompt in PROMPTS for adapter in (None, "zunda", "other")]
+
+    def ask(job: tuple[str, str | None]) -> str:
+        return engine.chat(job[0], adapter=job[1], max_tokens=8, **GREEDY).text
+
+    alone = [ask(job) for job in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, jobs)) == alone
+
+
+def test_a_seed_repeats_and_touches_no_global_state(
+    engine: ChatEngine, backend: BackendChoice
+) -> None:
+    def ask(seed: int) -> str:
+        return engine.chat("Tell me a story.", seed=seed, temperature=1.0, max_tokens=20).text
+
+    alone = [ask(seed) for seed in (1, 2, 3)]
+    assert len(set(alone)) > 1
+    torch.manual_seed(1234)
+    before = torch.random.get_rng_state()
+    if backend == "transformers":  # a batch rounds logits differently: see the Sampler's own tests
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(ask, (1, 2, 3))) == alone
+    else:
+        assert [ask(seed) for seed in (1, 2, 3)] == alone
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_strength_zero_is_the_base_and_one_the_adapter(engine: ChatEngine) -> None:
+    base = engine.chat(QUESTION, max_tokens=16, **GREEDY).text
+    off = engine.chat(QUESTION, adapter="zunda", adapter_scale=0.0, max_tokens=16, **GREEDY).text
+    full = engine.chat(QUESTION, adapter="zunda", adapter_scale=1.0, **GREEDY).text
+    assert off == base
+    assert full == SENTENCE
+
+
+def test_penalties_biases_and_logprobs(engine: ChatEngine) -> None:
+    plain = engine.chat("Say hi.", max_tokens=12, logprobs=3, **GREEDY)
+    tokens = [entry.token for entry in plain.logprobs]
+    assert "".join(tokens) == plain.text
+    assert all(entry.logprob <= 0.0 and len(entry.top) == 3 for entry in plain.logprobs)
+    assert all(entry.top[0][0] == entry.token for entry in plain.logprobs)  # greedy
+    tokenizer = engine._backend.tokenizer
+    first = tokenizer.encode(tokens[0])[0][0]
+    biased = engine.chat("Say hi.", max_tokens=12, logit_bias={first: -100.0}, **GREEDY)
+    assert not biased.text.startswith(tokens[0])
+    loop = engine.chat("Repeat: la la la la", max_tokens=40, frequency_penalty=2.0, **GREEDY)
+    assert loop.text != engine.chat("Repeat: la la la la", max_tokens=40, **GREEDY).text
+
+
+def test_closing_stops_the_model_within_a_token(engine: ChatEngine) -> None:
+    stream = engine.stream("Count to one thousand.", max_tokens=500, temperature=0.0)
+    next(stream)
+    stream.close()
+    started = monotonic()
+    engine.chat("hi", max_tokens=1)
+    assert monotonic() - started < 30  # 500 tokens take longer on any CPU that runs this
+    assert stream.reply.usage.completion_tokens < 10
+
+
+def test_async_answers_equal_sync_ones(engine: ChatEngine) -> None:
+    async def ask(prompt: str) -> str:
+        return "".join([d.text async for d in engine.astream(prompt, max_tokens=12, **GREEDY)])
+
+    async def main() -> list[str]:
+        return await asyncio.gather(*map(ask, PROMPTS))
+
+    assert asyncio.run(main()) == [
+        engine.chat(prompt, max_tokens=12, **GREEDY).text for prompt in PROMPTS
+    ]
+
+
+def test_adapters_come_and_go_while_others_stream(engine: ChatEngine, trained: Path) -> None:
+    alone = engine.chat(PROMPTS[1], max_tokens=24, **GREEDY).text
+    stream = engine.stream(PROMPTS[1], max_tokens=24, **GREEDY)
+    first = next(stream).text
+    engine.load_adapter("again", trained)
+    assert engine.chat(QUESTION, adapter="again", **GREEDY).text == SENTENCE
+    engine.unload_adapter("again")  # its weights are zunda's too, and stay
+    assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
+    assert first + "".join(delta.text for delta in stream) == alone
+
+
+def test_a_replaced_adapter_answers_anew_under_its_name(
+    engine: ChatEngine, trained: Path, other: Path
+) -> None:
+    engine.load_adapter("changing", trained)
+    with pytest.raises(AdapterError, match="in use"):
+        engine.load_adapter("changing", other)
+    engine.load_adapter("changing", other, replace=True)
+    assert engine.chat(QUESTION, adapter="changing", **GREEDY).text == "Nobody knows."
+    engine.unload_adapter("changing")
+
+
+def test_the_last_adapter_may_leave(backend: BackendChoice, trained: Path) -> None:
+    with ChatEngine("smollm2", backend=backend, adapters={"zunda": trained}) as engine:
+        before = engine.chat(QUESTION, max_tokens=8, **GREEDY).text
+        engine.unload_adapter("zunda")
+        assert engine.chat(QUESTION, max_tokens=8, **GREEDY).text == before
+        engine.load_adapter("zunda", trained)
+        assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
+
+
+def test_the_model_is_settled_by_the_adapter(trained: Path) -> None:
+    with ChatEngine(adapters={"zunda": trained}) as engine:
+        assert "SmolLM2" in engine.info.name
+        assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
+
+
+def test_a_full_queue_refuses_and_the_engine_lives(backend: BackendChoice) -> None:
+    with ChatEngine("smollm2", backend=backend, max_queue=1, max_sequences=1) as engine:
+        running = engine.stream("Count.", max_tokens=400)
+        next(running)
+        waiting = engine.stream("hi", max_tokens=2)
+        with pytest.raises(QueueFull):
+            engine.chat("hi")
+        running.close()
+        assert "".join(delta.text for delta in waiting) is not None
+        assert engine.chat("hi", max_tokens=2).text
+
+
+def test_a_dead_thread_tells_everyone(
+    backend: BackendChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise SystemError("the card fell off the bus")
+
+    with ChatEngine("smollm2", backend=backend, max_sequences=1) as engine:
+        stream = engine.stream("Count.", max_tokens=400)
+        next(stream)
+        waiting = engine.stream("hi")
+        if isinstance(engine._backend, TransformersBackend):
+            monkeypatch.setattr(engine._backend._model, "logits", fail)
+        else:
+            assert isinstance(engine._backend, PagedBackend)
+            monkeypatch.setattr(engine._backend._runner, "launch", fail)
+        for ended in (stream, waiting):
+            with pytest.raises(EngineError, match="fell off the bus"):
+                list(ended)
+        assert not engine.alive
+
+
+def test_closing_the_engine_ends_every_stream(backend: BackendChoice) -> None:
+    engine = ChatEngine("smollm2", backend=backend)
+    stream = engine.stream("Count.", max_tokens=400)
+    next(stream)
+    waiting = engine.stream("hi")
+    engine.close()
+    engine.close()
+    for ended in (stream, waiting):
+        with pytest.raises(EngineError, match="closed"):
+            list(ended)
+    with pytest.raises(EngineError, match="closed"):
+        engine.chat("hi")
+
+
+def test_finish_reasons_are_the_real_causes(engine: ChatEngine) -> None:
+    whole = engine.chat(QUESTION, adapter="zunda", **GREEDY)
+    assert whole.finish_reason is FinishReason.STOP
+    count = whole.usage.completion_tokens
+    exact = engine.chat(QUESTION, adapter="zunda", max_tokens=count, **GREEDY)
+    assert exact.finish_reason is FinishReason.STOP
+    cut = engine.chat(QUESTION, adapter="zunda", max_tokens=count - 1, **GREEDY)
+    assert cut.finish_reason is FinishReason.LENGTH
+    assert cut.text == SENTENCE
+
+
+def test_several_answers_are_compared_side_by_side(engine: ChatEngine) -> None:
+    names = [None, "zunda", "other"]
+    alone = {n: engine.chat(QUESTION, adapter=n, max_tokens=16, **GREEDY).text for n in names}
+    with engine.compare(QUESTION, adapters=names, max_tokens=16, **GREEDY) as stream:
+        texts: dict[str | None, str] = dict.fromkeys(names, "")
+        for name, delta in stream:
+            texts[name] += delta.text
+        assert texts == alone
+        assert {name: reply.text for name, reply in stream.replies.items()} == alone
+
+
+def test_a_text_is_scored_token_by_token(engine: ChatEngine) -> None:
+    text = f"{QUESTION} {SENTENCE}"
+    base, tuned = engine.score(text), engine.score(text, adapter="zunda")
+    assert "".join(base.tokens) == text
+    assert len(base.logprobs) == len(base.tokens) - 1
+    assert 1.0 < tuned.perplexity < base.perplexity
+    assert engine.score("The capital of France is Paris.").logprobs[-2] > -2.0
