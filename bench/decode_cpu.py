@@ -1,9 +1,9 @@
-"""Decode speed of the demo model on this CPU: our engine beside transformers' generate, in one run.
+"""Decode speed of the demo model on this CPU: our backends beside transformers' generate.
 
     python bench/decode_cpu.py [--tokens 64] [--rounds 5]
 
-Each round times both, one after the other, on the same loaded weights and the same prompt; greedy,
-so both make the same tokens, which is checked first. Writes bench/results/decode_cpu.json.
+Greedy, so that all make the same tokens, which is checked first up to near-ties. Each round times
+every row once, one after the other. Writes bench/results/decode_cpu.json.
 """
 
 import argparse
@@ -11,10 +11,14 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -23,6 +27,7 @@ from qlorachat.config import QuantizationChoice
 from qlorachat.reference import TransformersBackend
 
 RESULTS = Path(__file__).parent / "results" / "decode_cpu.json"
+STREAMS = 8
 PROMPT = "Write a long story about a bear who makes friends with a seal."
 
 
@@ -36,45 +41,55 @@ def main() -> None:
     record = {"machine": machine(), "tokens": arguments.tokens, "rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for row in rows:
-        print(
-            f"{row['quantization']:<28} {row['MB']:>6} MB   ours {row['ours']:>6} tokens/s   "
-            f"generate {row['generate']:>6} tokens/s"
-        )
+    print(json.dumps(record, indent=2))
 
 
 def measure(choice: QuantizationChoice, tokens: int, rounds: int) -> dict[str, object]:
-    """Median tokens/s of a whole greedy answer (prefill included), ours and generate's."""
-    with ChatEngine("smollm2", device="cpu", quantization=choice) as engine:
-        backend = engine._backend
-        assert isinstance(backend, TransformersBackend)
-        base = backend._model._base
-        prompt = engine.render(PROMPT)
-        ids = torch.tensor([prompt.ids])
-
-        def ours() -> str:
-            options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": tokens}
-            return engine.chat(prompt, **options).text  # type: ignore[arg-type]
-
-        def generate() -> str:
-            made = base.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-                min_new_tokens=tokens, do_sample=False, repetition_penalty=1.0,
-                temperature=None, top_p=None,
-            )  # fmt: skip
-            return backend.tokenizer.decode(made[0, ids.shape[1] :].tolist())
-
-        assert ours() == generate(), "the two answers differ: nothing to compare"
-        pairs = [(seconds(ours), seconds(generate)) for _ in range(rounds)]
+    """Median tokens/s of whole greedy answers, prefill included."""
+    options: dict[str, Any] = {"device": "cpu", "quantization": choice}
+    greedy: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": tokens}
+    reference = ChatEngine("smollm2", backend="transformers", **options)
+    paged = ChatEngine("smollm2", backend="paged", **options)
+    with reference, paged, ThreadPoolExecutor(STREAMS) as pool:
+        # every round asks something new, or the prefix cache would spare the engine its prefill
+        calls: dict[str, Callable[[str], object]] = {
+            "transformers generate": lambda ask: generate(reference, ask, tokens),
+            "TransformersBackend": lambda ask: reference.chat(ask, **greedy),
+            "PagedBackend": lambda ask: paged.chat(ask, **greedy),
+            f"PagedBackend, {STREAMS} streams": lambda ask: list(
+                pool.map(lambda n: paged.chat(f"{n}, {ask}", **greedy), range(STREAMS))
+            ),
+        }
+        answers = generate(reference, PROMPT, tokens), paged.chat(PROMPT, **greedy).text
+        pairs = zip(*answers, strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(rounds):
+            for name, call in calls.items():
+                times[name].append(seconds(partial(call, f"{number}. {PROMPT}")))
+        made = {name: tokens * (STREAMS if "streams" in name else 1) for name in calls}
         return {
-            "quantization": f"{choice}: {engine.info.quantization}",
-            "MB": round(engine.info.memory_bytes / 1e6),
-            "ours": round(tokens / median(pair[0] for pair in pairs), 1),
-            "generate": round(tokens / median(pair[1] for pair in pairs), 1),
+            "quantization": f"{choice}: {paged.info.quantization}",
+            "MB": round(paged.info.memory_bytes / 1e6),
+            "characters equal before a near-tie": f"{shared} of {len(answers[0])}",
+            **{f"{n}, tokens/s": round(made[n] / median(t), 1) for n, t in times.items()},
         }
 
 
-def seconds(call: Callable[[], str]) -> float:
+def generate(engine: ChatEngine, question: str, tokens: int) -> str:
+    """transformers' own loop on the reference's weights."""
+    backend = engine._backend
+    assert isinstance(backend, TransformersBackend)
+    ids = torch.tensor([engine.render(question).ids])
+    made = backend._model._base.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+        min_new_tokens=tokens, do_sample=False, repetition_penalty=1.0,
+        temperature=None, top_p=None,
+    )  # fmt: skip
+    return backend.tokenizer.decode(made[0, ids.shape[1] :].tolist())
+
+
+def seconds(call: Callable[[], object]) -> float:
     start = perf_counter()
     call()
     return perf_counter() - start

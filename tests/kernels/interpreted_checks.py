@@ -60,6 +60,8 @@ def test_norms(dtype: torch.dtype, rows: int, width: int) -> None:
     expected, sums = norm.add_rms_norm_reference(x, residual, weight, 1e-5)
     close(normed, expected, tolerance)
     assert torch.equal(total, sums)
+    # rounded at the same places, or every third would differ
+    assert dtype == torch.float32 or (normed != expected).double().mean() < 0.02
 
 
 @few

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qlorachat.kernels import rope_and_cache
-from qlorachat.kernels.rotary import _find_real, _repeat_real
+from qlorachat.kernels.rotary import _find_real, _repeat_real, _write
 from tests.kernels.cases import make_rope
 
 SHAPES = [(9, 3, 64), (4, 4, 80), (6, 1, 96), (2, 2, 128)]
@@ -62,11 +62,9 @@ def test_rows_that_are_all_padding_write_nothing() -> None:
 
 @pytest.mark.parametrize("slots", [[3, 0, 5], [-1, 4, -1, 0], [-1], [-1, -1, -1], [2]])
 def test_a_card_is_not_waited_for_and_gets_the_same_writes(slots: list[int]) -> None:
-    at, rows = torch.tensor(slots, dtype=torch.int32), torch.randn(len(slots), 1, 1)
-    expected = torch.zeros(6, 1, 1)
-    source, target, _ = _find_real(at)
-    expected[target] = rows[source]
-    source, target, real = _repeat_real(at)
-    written = torch.zeros(6, 1, 1)
-    written.index_copy_(0, target, torch.where(real, rows[source], written[:1]))
+    at, rows = torch.tensor(slots, dtype=torch.int32), torch.randn(len(slots), 2, 8)
+    expected = torch.randn(3, 2, 2, 8)
+    written = expected.clone()
+    _write(expected, rows, _find_real(at))
+    _write(written, rows, _repeat_real(at))
     assert torch.equal(written, expected)

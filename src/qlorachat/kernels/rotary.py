@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from qlorachat.kernels.device import jit, runs_triton, tl, triton
@@ -57,7 +59,9 @@ def rope_and_cache_reference(
     cosines, sines = (table[positions].to(qkv.dtype)[:, None] for table in (cos, sin))
     first, second = turning.chunk(2, dim=2)
     turned = turning * cosines + torch.cat((-second, first), dim=2) * sines
-    _write(slots, (key_cache, turned[:, -kv_heads:]), (value_cache, values))
+    places = _repeat_real(slots) if slots.is_cuda else _find_real(slots)
+    _write(key_cache, turned[:, -kv_heads:], places)
+    _write(value_cache, values, places)
     return turned[:, :-kv_heads].contiguous()
 
 
@@ -81,30 +85,34 @@ def _check(
     assert all(tensor.is_contiguous() for tensor in (qkv, cos, sin, key_cache, value_cache))
 
 
-def _write(slots: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Each pair's rows (second) go to their slots in the cache (first)."""
-    source, target, real = _repeat_real(slots) if slots.is_cuda else _find_real(slots)
-    for cache, rows in pairs:
-        flat = cache.view(-1, *cache.shape[2:])
-        chosen = rows.index_select(0, source)
-        flat.index_copy_(0, target, chosen if real is None else torch.where(real, chosen, flat[:1]))
+class _Places(NamedTuple):
+    """Which rows to write to which slots; no slot twice with different rows."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+    real: torch.Tensor | None  # False: no row is real, and slot 0 gets what it has
 
 
-def _find_real(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """The rows that are no padding, and their slots; a card would be waited for."""
+def _write(cache: torch.Tensor, rows: torch.Tensor, places: _Places) -> None:
+    flat = cache.view(-1, *cache.shape[2:])
+    chosen = rows.index_select(0, places.source)
+    if places.real is not None:
+        chosen = torch.where(places.real, chosen, flat[:1])
+    flat.index_copy_(0, places.target, chosen)
+
+
+def _find_real(slots: torch.Tensor) -> _Places:
+    """The rows that are no padding; a card would be waited for."""
     source = (slots >= 0).nonzero()[:, 0]
-    return source, slots.index_select(0, source).long(), None
+    return _Places(source, slots.index_select(0, source).long(), None)
 
 
-def _repeat_real(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As many rows as there are, where a real row stands in for the padding; its slots.
-
-    The third is False where no row is real: then slot 0 gets what it has.
-    """
+def _repeat_real(slots: torch.Tensor) -> _Places:
+    """As many rows as there are, where a real row stands in for the padding."""
     last = slots.argmax(keepdim=True)
     source = torch.where(slots >= 0, torch.arange(len(slots), device=slots.device), last)
     target = slots.index_select(0, source).clamp(min=0).long()
-    return source, target, (slots.index_select(0, last) >= 0)[:, None, None]
+    return _Places(source, target, (slots.index_select(0, last) >= 0)[:, None, None])
 
 
 @jit
