@@ -171,9 +171,8 @@ class Lora:
 def make_lora(inputs: int, columns: Sequence[int], rank: int, rows: int, adapters: int) -> Lora:
     ranks = (len(columns) - 1) * rank
     sets = 1 + 2**27 // (2 * ranks * inputs * adapters)
-    a = random(1 + sets * adapters, ranks, inputs) / inputs**0.5
-    b = random(1 + sets * adapters, columns[-1], rank) / rank**0.5
-    a[0], b[0] = float("nan"), float("nan")
+    a = random(sets * adapters, ranks, inputs) / inputs**0.5
+    b = random(sets * adapters, columns[-1], rank) / rank**0.5
     own = torch.arange(rows, device="cuda", dtype=torch.int32) % adapters + 1
     slots = [own + index * adapters for index in range(sets)]
     if rows % 2:
@@ -237,9 +236,9 @@ def check_segments(rows: int, rank: int) -> Check:
     def reference() -> Tensors:
         y = case.y.double()
         for start, stop, slot, scale in segments:
-            shrunk = (case.x[start:stop].double() @ case.a[slot].double().T).view(-1, 3, rank)
+            shrunk = (case.x[start:stop].double() @ case.a[slot - 1].double().T).view(-1, 3, rank)
             for part, (first, last) in enumerate(pairwise(columns)):
-                own = case.b[slot, first:last].double()
+                own = case.b[slot - 1, first:last].double()
                 y[start:stop, first:last] += scale * shrunk[:, part] @ own.T
         return [y]
 

@@ -117,10 +117,12 @@ class LoraCase:
         for row, slot in enumerate(self.slots.tolist()):
             if slot == 0:
                 continue
-            shrunk = self.a[slot].double() @ self.x[row].double()
+            shrunk = self.a[slot - 1].double() @ self.x[row].double()
             for part, (start, stop) in enumerate(pairwise(self.columns)):
                 own = shrunk[part * rank : (part + 1) * rank]
-                y[row, start:stop] += self.scales[row] * (self.b[slot, start:stop].double() @ own)
+                y[row, start:stop] += self.scales[row] * (
+                    self.b[slot - 1, start:stop].double() @ own
+                )
         return y
 
 
@@ -129,11 +131,10 @@ def make_lora(
 ) -> LoraCase:
     torch.manual_seed(rows + inputs + rank)
     columns = tuple(accumulate(parts, initial=0))
-    a = torch.randn(adapters + 1, len(parts), rank, inputs) / inputs**0.5
-    b = torch.randn(adapters + 1, columns[-1], rank)
+    a = torch.randn(adapters, len(parts), rank, inputs) / inputs**0.5
+    b = torch.randn(adapters, columns[-1], rank)
     for slot in range(1, adapters + 1):
-        a[slot, :, max(1, rank // slot) :] = 0
-    a[0], b[0] = POISON, POISON
+        a[slot - 1, :, max(1, rank // slot) :] = 0
     return LoraCase(
         x=torch.randn(rows, inputs).to(dtype),
         a=a.flatten(1, 2).to(dtype),

@@ -57,7 +57,7 @@ class PagedBackend:
         adapters = AdapterStacks(
             config.num_hidden_layers, self.info.shapes, dtype=opened.model.dtype, device=device
         )
-        reserved = adapters.bytes_of(adapters_expected + 1, adapter_rank)
+        reserved = adapters.bytes_of(max(1, adapters_expected), adapter_rank)
         model = PagedLlama(opened.model, adapters)
         self.plan = _plan(model, self.info.context_length, reserved, self.info.memory_bytes, memory)
         log.info("%s", self.plan)

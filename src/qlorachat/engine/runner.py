@@ -176,8 +176,8 @@ class Runner:
         if sha256 is None or self._in_slot.get(row.slot) == sha256:
             return
         adapter, stacks = self.adapters[sha256], self._model.adapters
-        if row.slot >= stacks.slots or adapter.largest_rank > stacks.rank:
-            stacks.allocate(max(row.slot + 1, stacks.slots), max(adapter.largest_rank, stacks.rank))
+        if row.slot > stacks.slots or adapter.largest_rank > stacks.rank:
+            stacks.allocate(max(row.slot, stacks.slots), max(adapter.largest_rank, stacks.rank))
             if self._graphs is not None:
                 self._graphs.clear()
             self._rewrite(stacks.write)

@@ -1,6 +1,6 @@
 """LoRA of many adapters in one decode step: y += scale * (x @ A^T) @ B^T, each row its adapter.
 
-A row names its adapter by a slot of the stacked weights; slot 0 means none and is never read. A
+A row names its adapter by a slot of the stacked weights; slot s is [s - 1] of them, 0 means none. A
 fused projection (q|k|v, gate|up) keeps its parts' A stacked along the rank, so that one shrink and
 one expand serve all of them.
 """
@@ -102,7 +102,7 @@ def lora_expand_add(
 
 def lora_shrink_reference(x: torch.Tensor, a: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """`lora_shrink` in plain torch, in one split; copies the weights of each row."""
-    sums = torch.bmm(a[slots].float(), x.float()[:, :, None])[:, :, 0]
+    sums = torch.bmm(a[slots.clamp(min=1) - 1].float(), x.float()[:, :, None])[:, :, 0]
     return torch.where(slots[:, None] > 0, sums, 0.0)[None]
 
 
@@ -117,7 +117,9 @@ def lora_expand_add_reference(
     """`lora_expand_add` in plain torch; copies the weights of each row."""
     shrunk = sums.sum(0).view(len(y), -1, b.shape[2])
     for part, (start, stop) in enumerate(pairwise(columns)):
-        added = torch.bmm(b[slots, start:stop].float(), shrunk[:, part, :, None])[:, :, 0]
+        added = torch.bmm(b[slots.clamp(min=1) - 1, start:stop].float(), shrunk[:, part, :, None])[
+            :, :, 0
+        ]
         y[:, start:stop] += torch.where(slots[:, None] > 0, scales[:, None] * added, 0.0)
 
 
@@ -148,7 +150,7 @@ def _shrink_kernel(
     total = tl.zeros([row_block, rank_block], tl.float32)
     slot = _next_slot(mine, 0)
     while slot < 2147483647:
-        own = a + slot.to(tl.int64) * (ranks * inputs)
+        own = a + (slot - 1).to(tl.int64) * (ranks * inputs)
         for offset in range(0, span, input_block):
             column = split * span + offset + tl.arange(0, input_block)
             values = tl.load(
@@ -204,7 +206,7 @@ def _expand_kernel(
     inside = (column < stop)[:, None] & (depth < rank)[None, :]
     slot = _next_slot(mine, 0)
     while slot < 2147483647:
-        own = b + slot.to(tl.int64) * (outputs * rank)
+        own = b + (slot - 1).to(tl.int64) * (outputs * rank)
         weights = tl.load(own + column[:, None] * rank + depth[None, :], mask=inside, other=0.0)
         values = tl.where((mine == slot)[:, None], shrunk, 0.0)
         weights = tl.trans(weights.to(tl.float32))

@@ -13,7 +13,7 @@ class LoraSegment(NamedTuple):
 
     start: int
     stop: int
-    slot: int  # 0: no adapter
+    slot: int  # s: the adapter at [s - 1] of the stacks; 0: none
     scale: float  # alpha / r times the adapter's strength
 
 
@@ -38,7 +38,7 @@ def lora_add_segments(
     for start, stop, slot, scale in segments:
         if slot == 0:
             continue
-        shrunk = functional.linear(x[start:stop], a[slot])
+        shrunk = functional.linear(x[start:stop], a[slot - 1])
         for part, (first, last) in enumerate(pairwise(columns)):
             own = shrunk[:, part * rank : (part + 1) * rank]
-            y[start:stop, first:last].addmm_(own, b[slot, first:last].T, alpha=scale)
+            y[start:stop, first:last].addmm_(own, b[slot - 1, first:last].T, alpha=scale)

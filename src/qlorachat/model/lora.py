@@ -1,7 +1,7 @@
 """Adapters beside the base: for each projection, the A and B of every slot stacked in one tensor.
 
-Slots are numbered from 1; 0 is the bare base. A row of a step names its slot, so one launch
-serves rows of different adapters.
+Slot s is [s - 1] of the stacks; slot 0 is the bare base. A row of a step names its slot, so one
+launch serves rows of different adapters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,17 +54,18 @@ class LoraProjection:
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter's matrices into a slot, its alpha over rank folded into B."""
-        self.a[slot].zero_()
-        self.b[slot].zero_()
+        own_a, own_b = self.a[slot - 1], self.b[slot - 1]
+        own_a.zero_()
+        own_b.zero_()
         rank = self.b.shape[2]
         for part, module in enumerate(self.modules):
             if (pair := adapter.matrices(module)) is None:
                 continue
             a, b = pair
             scaled = b.float() * adapter.settings.scale_of(module)
-            self.a[slot, part * rank : part * rank + a.shape[0]].copy_(a)
+            own_a[part * rank : part * rank + a.shape[0]].copy_(a)
             columns = slice(self.columns[part], self.columns[part + 1])
-            self.b[slot, columns, : b.shape[1]].copy_(scaled)
+            own_b[columns, : b.shape[1]].copy_(scaled)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> torch.Tensor:
         """`y` plus, row by row, scale * B A x of the row's adapter; y is changed in place."""
@@ -111,7 +112,7 @@ class AdapterStacks:
             for index in range(layers)
         ]
         self._dtype, self._device = dtype, device
-        self.slots = 0  # slot 0, the base, included
+        self.slots = 0  # how many adapters there is room for
         self.rank = 0
 
     def layer(self, index: int) -> LoraLayer:
