@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlorachat.adapters import check_header
-from qlorachat.checkpoints import Checkpoint, linear_shapes, load_model, locate, read_tokenizer
+from qlorachat.checkpoints import linear_shapes, load_model, locate, read_tokenizer
 from qlorachat.config import EngineConfig
 from qlorachat.protocols import ModelInfo, Tokenizer
 
@@ -33,7 +33,7 @@ def open_model(config: EngineConfig) -> OpenedModel:
     loaded = load_model(checkpoint, device=config.device, quantization=config.quantization)
     info = ModelInfo(
         name=checkpoint.name,
-        context_length=_context_length(checkpoint),
+        context_length=checkpoint.context_length,
         vocab_size=loaded.model.get_input_embeddings().weight.shape[0],
         stop_ids=checkpoint.stop_ids,
         sampling=checkpoint.generation,
@@ -45,9 +45,3 @@ def open_model(config: EngineConfig) -> OpenedModel:
         memory_bytes=loaded.memory_bytes,
     )
     return OpenedModel(loaded.model, tokenizer, info)
-
-
-def _context_length(checkpoint: Checkpoint) -> int:
-    """Tokens that the checkpoint was made for; its text config where it has several."""
-    config = checkpoint.config.get("text_config", checkpoint.config)
-    return int(config["max_position_embeddings"])
