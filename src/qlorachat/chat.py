@@ -191,9 +191,10 @@ class ChatEngine:
     def score(self, prompt: str | Prompt, *, adapter: str | None = None) -> Score:
         """How likely the model finds a text, token by token; a string is taken without a format."""
         text = self.raw(prompt) if isinstance(prompt, str) else prompt
-        sampling = replace(self.info.sampling, temperature=0.0, max_tokens=1, prompt_logprobs=True)
+        sampling = replace(self.info.sampling, temperature=0.0, max_tokens=1)
         events: SimpleQueue[TokenEvent] = SimpleQueue()
-        generation = self._submit(text, sampling, self._adapter(adapter), {}, events.put)
+        loaded = self._adapter(adapter)
+        generation = self._submit(text, sampling, loaded, {}, events.put, scored=True)
         while not generation.done:
             generation.feed(events.get())
         decode = self._backend.tokenizer.decode
@@ -286,6 +287,7 @@ class ChatEngine:
         options: ChatOptions,
         sink: Sink,
         dropped: Dropped = NOTHING_DROPPED,
+        scored: bool = False,
     ) -> Generation:
         request = TokenRequest(
             request_id=next(self._ids),
@@ -294,6 +296,7 @@ class ChatEngine:
             stop_ids=self.info.stop_ids,
             adapter=loaded.adapter.sha256 if loaded else None,
             adapter_scale=_scale(options.get("adapter_scale", 1.0)),
+            prompt_logprobs=scored,
         )
         generation = Generation(
             request,
@@ -310,7 +313,8 @@ class ChatEngine:
                 self._backend.submit(request, sink)
                 return generation
         # the adapter was replaced meanwhile: its successor answers
-        return self._submit(prompt, sampling, self._adapter(loaded.name), options, sink, dropped)
+        loaded = self._adapter(loaded.name)
+        return self._submit(prompt, sampling, loaded, options, sink, dropped, scored)
 
     def _prompt(
         self, messages: Dialog, loaded: LoadedAdapter | None, options: ChatOptions

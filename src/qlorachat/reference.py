@@ -190,7 +190,7 @@ class TransformersBackend:
         sampler = Sampler(request.sampling, prompt)
         cache = DynamicCache(config=self._model.config)
         scores: list[float] = []
-        every = request.sampling.prompt_logprobs
+        every = request.prompt_logprobs
         for chunk in prompt.split(PREFILL_CHUNK, dim=1):
             if self._stopping(job):
                 yield self._aborted(request)

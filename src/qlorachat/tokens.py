@@ -42,8 +42,7 @@ class SamplingParams:
     (arXiv:1909.05858) over prompt and answer; `presence_penalty` and `frequency_penalty` are
     subtracted from the logits of answer tokens, as OpenAI's API reference defines them.
     `logit_bias` maps token ids to additive biases in -100..100. `logprobs` is how many likeliest
-    tokens to report beside each chosen one; None reports nothing. `prompt_logprobs` reports every
-    prompt token's own log-probability but the first's, with the first token of the answer.
+    tokens to report beside each chosen one; None reports nothing.
     """
 
     temperature: float = 0.7
@@ -57,7 +56,6 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
-    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -90,6 +88,7 @@ class TokenRequest:
     stop_ids: frozenset[int]  # sampling one of these ends the answer; the id itself is emitted
     adapter: str | None = None  # content hash of a loaded adapter; None is the base model
     adapter_scale: float = 1.0  # strength of the adapter, 0 to 2
+    prompt_logprobs: bool = False  # report each prompt token's own log-probability
 
 
 @dataclass(frozen=True, slots=True)

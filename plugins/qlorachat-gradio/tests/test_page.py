@@ -29,8 +29,12 @@ def ask(page: Page, text: str) -> None:
 def set_number(page: Page, label: str, value: str) -> None:
     number = page.get_by_label(label)
     expect(number).to_be_editable()
-    number.fill(value)
-    number.press("Tab")
+    for _ in range(10):  # while the page still loads, it sets what is preset
+        number.fill(value)
+        number.press("Tab")
+        page.wait_for_timeout(200)
+        if number.input_value() == value:
+            break
     expect(number).to_have_value(value)
 
 

@@ -42,7 +42,8 @@ def serve(arguments: Sequence[str]) -> None:
         epilog=_epilog(list(known.values()), frontends),
     )
     if not frontends:
-        raise ConfigError(f"Say which frontend to serve: --frontend {' | '.join(sorted(known))}.")
+        names = " | ".join(sorted(known)) or "NAME; none is installed yet (qlorachat-gradio, …)"
+        raise ConfigError(f"Say which frontend to serve: --frontend {names}.")
     served = [(frontend, getattr(settings, frontend.name)) for frontend in frontends]
     for frontend, options in served:
         frontend.prepare(options)

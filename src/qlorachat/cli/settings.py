@@ -225,7 +225,7 @@ def _flat_names(model: type[BaseModel]) -> set[str]:
             inner = set(field.annotation.model_fields)
             names |= inner | {f"{name}_{option}" for option in inner}
         else:
-            names.add(name)
+            names.add(field.alias or name)
     return names
 
 

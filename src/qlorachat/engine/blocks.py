@@ -103,7 +103,7 @@ class BlockPool:
 
     def _expected(self, sequence: Sequence) -> list[bytes]:
         """Keys of the full blocks before the last known token, which has to be computed."""
-        if not self._prefix_caching or sequence.request.sampling.prompt_logprobs:
+        if not self._prefix_caching or sequence.request.prompt_logprobs:
             return []  # for the latter the logits of every position are needed
         return self._keys(sequence, (len(sequence.tokens) - 1) // self.block_size)
 

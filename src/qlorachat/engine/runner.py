@@ -11,8 +11,8 @@ from qlorachat.engine.batch import Batch, ScheduledRow
 from qlorachat.engine.graphs import DecodeGraphs
 from qlorachat.engine.sampler import Sampled, Sampler, is_greedy, to_device
 from qlorachat.engine.scheduler import Logprobs
-from qlorachat.kernels import LoraSegment
-from qlorachat.model import DecodeRows, KVCache, PagedLlama, PrefillChunk, PrefillChunks, Rows
+from qlorachat.kernels import LoraSegment, list_places
+from qlorachat.model import GatheredRows, KVCache, PagedLlama, PrefillChunk, PrefillChunks, Rows
 from qlorachat.model.lora import LoraRows
 
 SCORED_AT_ONCE = 512  # positions: their logits are in memory together
@@ -115,9 +115,12 @@ class Runner:
             ids=self._last[places],
             positions=self._tensor([row.start for row in rows], torch.int32),
             slots=self._tensor([_slot(row, row.start, self._cache) for row in rows], torch.int32),
-            attention=DecodeRows(
-                self._tensor(tables, torch.int32),
-                self._tensor([row.end for row in rows], torch.int32),
+            attention=GatheredRows(
+                list_places(
+                    self._tensor(tables, torch.int32),
+                    self._tensor([row.end for row in rows], torch.int32),
+                    self._cache.block_size,
+                )
             ),
             lora=_lora(rows),
         )
@@ -148,7 +151,7 @@ class Runner:
         scores, start = [], 0
         for row in rows:
             following = row.request.prompt[row.start + 1 : row.end + 1]
-            if row.request.sampling.prompt_logprobs and following:
+            if row.request.prompt_logprobs and following:
                 states = hidden[start : start + len(following)].split(SCORED_AT_ONCE)
                 tokens = self._tensor(following, torch.int64).split(SCORED_AT_ONCE)
                 values = [self._likelihood(*pair) for pair in zip(states, tokens, strict=True)]

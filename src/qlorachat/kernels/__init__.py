@@ -5,7 +5,12 @@ version (`*_reference`) beside it. Importing this needs no Triton.
 """
 
 from qlorachat.kernels.activation import silu_mul
-from qlorachat.kernels.attention import paged_decode_attention
+from qlorachat.kernels.attention import (
+    Places,
+    gathered_decode_attention,
+    list_places,
+    paged_decode_attention,
+)
 from qlorachat.kernels.lora import lora_expand_add, lora_shrink
 from qlorachat.kernels.lora_segments import LoraSegment, lora_add_segments
 from qlorachat.kernels.norm import add_rms_norm, rms_norm
@@ -13,7 +18,10 @@ from qlorachat.kernels.rotary import rope_and_cache
 
 __all__ = [
     "LoraSegment",
+    "Places",
     "add_rms_norm",
+    "gathered_decode_attention",
+    "list_places",
     "lora_add_segments",
     "lora_expand_add",
     "lora_shrink",

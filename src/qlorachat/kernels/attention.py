@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
 
@@ -67,42 +69,63 @@ def paged_decode_attention_reference(
     scale: float,
 ) -> torch.Tensor:
     """What `paged_decode_attention` writes, in plain torch; on a card it never waits either."""
-    block_size, kv_heads, head_dim = key_cache.shape[1:]
-    if not q.is_cuda:
-        # lengths on the host may be looked at, and spare the unused end of the tables
-        longest = max(1, int(context_lengths.max()))
-        block_tables = block_tables[:, : -(-longest // block_size)]
-    slots, seen = _list_slots(block_tables, context_lengths, block_size)
+    places = list_places(block_tables, context_lengths, key_cache.shape[1])
+    mixed = gathered_decode_attention(q, key_cache, value_cache, places, scale)
+    return mixed.masked_fill(context_lengths[:, None, None] == 0, 0)
+
+
+class Places(NamedTuple):
+    """Where the positions of each row's context are in a cache; the same for every layer."""
+
+    slots: torch.Tensor  # int [B, positions]: block * block_size + offset
+    seen: torch.Tensor | None  # bool [B, positions]: is it in the context; None: all are
+
+
+def list_places(
+    block_tables: torch.Tensor, context_lengths: torch.Tensor, block_size: int
+) -> Places:
+    """The places of all positions that a decode step may look at.
+
+    Beyond a row's context it is the slot of position 0: old numbers there may be infinite, which
+    no weight of 0 would stop. On a CPU the lengths may be looked at, and spare what is unused.
+    """
+    offsets = torch.arange(block_size, dtype=torch.int32, device=block_tables.device)
+    slots = (block_tables[:, :, None] * block_size + offsets).flatten(1)
+    if not slots.is_cuda:
+        lengths = context_lengths.tolist()
+        slots = slots[:, : max(1, *lengths)]
+        if min(lengths) == max(lengths) > 0:
+            return Places(slots, None)
+    positions = torch.arange(slots.shape[1], device=slots.device)
+    first = torch.where(context_lengths > 0, slots[:, 0], 0)
+    seen = positions < context_lengths[:, None]
+    return Places(torch.where(seen, slots, first[:, None]), seen)
+
+
+def gathered_decode_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    places: Places,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of q [B, H, D] to the keys and values at `places`, [B, H, D], in plain torch."""
+    kv_heads, head_dim = key_cache.shape[2:]
+    flat = places.slots.reshape(-1)
     keys, values = (
         cache.view(-1, kv_heads * head_dim)
-        .index_select(0, slots.flatten())
-        .view(*slots.shape, kv_heads, head_dim)
+        .index_select(0, flat)
+        .view(*places.slots.shape, kv_heads, head_dim)
         .transpose(1, 2)
         for cache in (key_cache, value_cache)
     )
     # the query heads of one key head become its rows
     grouped = q.view(len(q), kv_heads, -1, head_dim)
-    mask = seen[:, None, None, :]
+    mask = None if places.seen is None else places.seen[:, None, None, :]
     mixed = functional.scaled_dot_product_attention(
         grouped, keys, values, attn_mask=mask, scale=scale
     )
-    return mixed.reshape(q.shape).masked_fill(context_lengths[:, None, None] == 0, 0)
-
-
-def _list_slots(
-    block_tables: torch.Tensor, context_lengths: torch.Tensor, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each position's cache slot and whether it is in the context, [B, max_blocks * block_size].
-
-    Beyond the context it is the slot of position 0: old numbers there may be infinite, which no
-    weight of 0 would stop.
-    """
-    offsets = torch.arange(block_size, dtype=torch.int32, device=block_tables.device)
-    slots = (block_tables[:, :, None] * block_size + offsets).flatten(1)
-    positions = torch.arange(slots.shape[1], device=slots.device)
-    first = torch.where(context_lengths > 0, slots[:, 0], 0)
-    seen = positions < context_lengths[:, None]
-    return torch.where(seen, slots, first[:, None]), seen
+    return mixed.reshape(q.shape)
 
 
 def _check(

@@ -88,14 +88,14 @@ def _check(
 class _Places(NamedTuple):
     """Which rows to write to which slots; no slot twice with different rows."""
 
-    source: torch.Tensor
+    source: torch.Tensor | None  # None: all rows
     target: torch.Tensor
     real: torch.Tensor | None  # False: no row is real, and slot 0 gets what it has
 
 
 def _write(cache: torch.Tensor, rows: torch.Tensor, places: _Places) -> None:
     flat = cache.view(-1, *cache.shape[2:])
-    chosen = rows.index_select(0, places.source)
+    chosen = rows if places.source is None else rows.index_select(0, places.source)
     if places.real is not None:
         chosen = torch.where(places.real, chosen, flat[:1])
     flat.index_copy_(0, places.target, chosen)
@@ -103,6 +103,8 @@ def _write(cache: torch.Tensor, rows: torch.Tensor, places: _Places) -> None:
 
 def _find_real(slots: torch.Tensor) -> _Places:
     """The rows that are no padding; a card would be waited for."""
+    if int(slots.min()) >= 0:
+        return _Places(None, slots.long(), None)
     source = (slots >= 0).nonzero()[:, 0]
     return _Places(source, slots.index_select(0, source).long(), None)
 

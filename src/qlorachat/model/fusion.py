@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_blockwise, gemv_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
@@ -61,6 +61,30 @@ def _fuse_nf4(parts: Sequence[nn.Module]) -> nn.Module:
     _use_up(parts)
     done: nn.Module = fused.eval()
     return done
+
+
+class PackedLinear(nn.Module):
+    """An NF4 layer in the layout of bitsandbytes' CPU kernel, called without detours."""
+
+    def __init__(self, layer: Linear4bit) -> None:
+        super().__init__()
+        self.bias = layer.bias
+        self._weight, self._state = layer.weight.data, layer.weight.quant_state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = gemv_4bit(x, self._weight, state=self._state)
+        return y if self.bias is None else y + self.bias
+
+
+def pack(layer: nn.Module) -> nn.Module:
+    """The layer ready to run: on a CPU with AVX512-BF16, bitsandbytes repacks it in its first
+    forward pass, which is done here; elsewhere it stays as it is."""
+    if not isinstance(layer, Linear4bit) or layer.weight.device.type != "cpu":
+        return layer
+    with torch.inference_mode():
+        layer(torch.zeros(1, layer.in_features, dtype=layer.compute_dtype))
+    packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    return PackedLinear(layer) if packed else layer
 
 
 def _weight(part: nn.Module) -> torch.Tensor:
