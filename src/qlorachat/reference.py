@@ -114,8 +114,9 @@ class TransformersBackend:
 
     def close(self) -> None:
         self._die("The engine is closed.")
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
+        vars(self).pop("_model", None)
+        torch.cuda.empty_cache()
 
     def _enqueue(self, command: _Command, put: Callable[[_Command], None]) -> None:
         with self._wake:

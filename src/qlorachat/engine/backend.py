@@ -136,8 +136,10 @@ class PagedBackend:
     def close(self) -> None:
         self._die("The engine is closed.")
         self._inbox.put(lambda: None)  # wake the thread
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
+        self._pending = None
+        vars(self).pop("_runner", None)  # with it go the model and the cache
+        torch.cuda.empty_cache()
 
     def _command(self, command: Command) -> None:
         with self._lock:

@@ -87,18 +87,23 @@ class DecodeGraphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(shape)  # kernels compile and caches fill outside the graph
+            self._step(shape)  # kernels compile and caches fill outside; no token may move on here
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits, greedy = self._step(shape)
+            logits = self._step(shape)
+            greedy = logits.argmax(-1)
+            self._last[self._columns(shape)[0]] = greedy
         self._pool = self._pool or graph.pool()
         captured = self._graphs[shape] = _Graph(graph, logits, greedy)
         return captured
 
-    def _step(self, shape: _Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    def _columns(self, shape: _Shape) -> torch.Tensor:
+        return self._inputs[: COLUMNS * shape.size].view(COLUMNS, shape.size)
+
+    def _step(self, shape: _Shape) -> torch.Tensor:
         size, width, active = shape
-        columns = self._inputs[: COLUMNS * size].view(COLUMNS, size)
+        columns = self._columns(shape)
         tables = self._inputs[COLUMNS * size :][: size * width].view(size, width)
         rows = Rows(
             ids=self._last[columns[0]],
@@ -107,10 +112,7 @@ class DecodeGraphs:
             attention=DecodeRows(tables, columns[3]),
             lora=LoraRows(active, slots=columns[4], scales=columns[5].view(torch.float32)),
         )
-        logits = self._model.logits(self._model.hidden(rows, self._cache))
-        greedy = logits.argmax(-1)
-        self._last[columns[0]] = greedy
-        return logits, greedy
+        return self._model.logits(self._model.hidden(rows, self._cache))
 
 
 def _integers(row: ScheduledRow, cache: KVCache) -> tuple[int, int, int, int, int]:

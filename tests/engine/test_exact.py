@@ -1,0 +1,137 @@
+"""PagedBackend on a small float32 model: whatever the engine does, every answer is the same."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlorachat.engine.backend import PagedBackend
+from qlorachat.engine.batch import Batch
+from qlorachat.opening import OpenedModel
+from qlorachat.protocols import ModelInfo
+from qlorachat.testing import ByteTokenizer
+from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
+
+VOCABULARY, CONTEXT = 97, 256
+_ids = count(1)
+
+
+def open_small() -> OpenedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config).eval()
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    info = ModelInfo("small", CONTEXT, VOCABULARY, frozenset(), shapes=shapes)
+    return OpenedModel(model, ByteTokenizer(), info)
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist())
+
+
+class Client:
+    """Collects one request's tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = threading.Event()
+
+    def __call__(self, event: TokenEvent) -> None:
+        assert event.error is None, event.error
+        self.tokens += [] if event.token_id is None else [event.token_id]
+        if event.finish is not None:
+            self.ended.set()
+
+
+def ask(
+    backend: PagedBackend, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams
+) -> list[list[int]]:
+    """All at once."""
+    clients = [Client() for _ in prompts]
+    for each, client in zip(prompts, clients, strict=True):
+        backend.submit(TokenRequest(next(_ids), each, sampling, frozenset()), client)
+    assert all(client.ended.wait(120) for client in clients)
+    return [client.tokens for client in clients]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[list[int]]]:
+    """Each request alone, without a prefix cache, in an engine with room for all."""
+    backend = PagedBackend(open_small(), prefix_caching=False)
+    answers = {
+        name: [ask(backend, [each], sampling)[0] for each in PROMPTS]
+        for name, sampling in SAMPLING.items()
+    }
+    backend.close()
+    return answers
+
+
+PROMPTS = [prompt(20 + 7 * seed, seed) for seed in range(6)]
+PROMPTS += [PROMPTS[5][:48] + prompt(9, 7), PROMPTS[5]]  # a shared beginning, and a twin
+SAMPLING = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=90),
+    "sampled": SamplingParams(temperature=1.0, top_p=0.9, seed=5, max_tokens=90),
+    "penalized": SamplingParams(
+        temperature=0.7,
+        top_k=20,
+        repetition_penalty=1.2,
+        frequency_penalty=0.5,
+        seed=9,
+        max_tokens=90,
+        logit_bias={3: 2.0},
+    ),  # fmt: skip
+}
+
+
+@pytest.fixture(params=["roomy", "crowded", "short of blocks"])
+def backend(request: pytest.FixtureRequest) -> Iterator[PagedBackend]:
+    # 2 layers, 2 key heads of 16 float32, keys and values: 512 bytes a token
+    options: dict[str, dict[str, Any]] = {
+        "roomy": {},
+        "crowded": {"max_sequences": 2},
+        "short of blocks": {"memory": f"{512 * 400 / 2**20:.4f}MiB"},
+    }
+    made = PagedBackend(open_small(), **options[request.param])
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_answers_are_those_of_each_request_alone(
+    backend: PagedBackend, expected: dict[str, list[list[int]]], name: str
+) -> None:
+    for _ in range(2):  # the second time from the prefix cache
+        assert ask(backend, PROMPTS, SAMPLING[name]) == expected[name]
+    blocks = backend._scheduler._blocks
+    assert blocks.num_free == blocks.num_blocks
+
+
+def test_blocks_do_run_short_and_requests_are_preempted(
+    expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = PagedBackend(open_small(), memory=f"{512 * 400 / 2**20:.4f}MiB")
+    resumed = 0
+    launch = backend._runner.launch
+
+    def record(batch: Batch) -> object:
+        nonlocal resumed
+        resumed += sum(len(row.history) > len(row.request.prompt) for row in batch.prefills)
+        return launch(batch)
+
+    monkeypatch.setattr(backend._runner, "launch", record)
+    assert ask(backend, PROMPTS, SAMPLING["greedy"]) == expected["greedy"]
+    assert resumed > 0
+    backend.close()
