@@ -92,7 +92,7 @@ SAMPLING = {
         seed=9,
         max_tokens=90,
         logit_bias={3: 2.0},
-    ),  # fmt: skip
+    ),
 }
 
 
