@@ -1,40 +1,41 @@
 """ChatEngine: dialogs in, answers out; everything between people's text and the engine's tokens."""
 
-import bisect
 import itertools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 from qlorachat.adapters import Adapter, base_model_of, read_adapter
 from qlorachat.config import (
     DEMO_MODEL,
-    BackendChoice,
     EngineConfig,
-    Overflow,
-    QuantizationChoice,
     Tags,
     check,
 )
 from qlorachat.errors import (
     AdapterError,
     ConfigError,
-    ContextOverflow,
     DialogError,
     UnknownName,
-    UsageError,
-    suggest,
 )
 from qlorachat.generation import NOTHING_DROPPED, Dropped, Generation
 from qlorachat.messages import Message, Reply, Score, parse_messages
+from qlorachat.options import (
+    ChatOptions,
+    EngineOptions,
+    adapter_scale,
+    request_sampling,
+    stop_strings,
+)
+from qlorachat.overflow import drop_oldest_turns, fit_context
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.protocols import ModelInfo, Template
 from qlorachat.streams import AsyncChatStream, ChatStream, CompareStream, Sink
@@ -46,56 +47,6 @@ log = logging.getLogger(__name__)
 Dialog = str | Prompt | Iterable[Message | Mapping[str, object]]
 
 ADAPTER_NAME = re.compile(r"\w[\w.-]{0,63}")  # no slash, colon or leading dot: safe in URLs, paths
-
-
-class EngineOptions(TypedDict, total=False):
-    """What `ChatEngine(...)` takes beside the model; see EngineConfig."""
-
-    adapters: Mapping[str, str | Path]
-    revision: str | None
-    offline: bool
-    device: str
-    quantization: QuantizationChoice
-    backend: BackendChoice
-    memory: str | None
-    max_sequences: int
-    max_adapters: int
-    template: str | None
-    system: str | None
-    overflow: Overflow
-    tags: Tags
-    max_queue: int
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    max_tokens: int | None
-    seed: int | None
-
-
-class ChatOptions(TypedDict, total=False):
-    """What one request may say; see SamplingParams for the numbers and their ranges."""
-
-    adapter: str | None  # the name of a loaded adapter; None is the base model
-    adapter_scale: float  # strength, 0 to 2
-    stop: str | Sequence[str]  # strings that end the answer and are not part of it
-    overflow: Overflow
-    tags: Tags
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    max_tokens: int
-    seed: int | None
-    logit_bias: Mapping[int, float]
-    logprobs: int | None
-
-
-_OWN_OPTIONS = {"adapter", "adapter_scale", "stop", "overflow", "tags"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,9 +225,11 @@ class ChatEngine:
 
     def _start(self, messages: Dialog, options: ChatOptions, sink: Sink) -> Generation:
         loaded = self._adapter(options.get("adapter"))
-        sampling = self._sampling(options)
+        sampling = request_sampling(self.info.sampling, options)
         prompt, dropped = self._prompt(messages, loaded, options)
-        sampling = self._fit(sampling, len(prompt.ids), asked="max_tokens" in options)
+        sampling = fit_context(
+            sampling, len(prompt.ids), self.info.context_length, asked="max_tokens" in options
+        )
         return self._submit(prompt, sampling, loaded, options, sink, dropped)
 
     def _submit(
@@ -295,14 +248,14 @@ class ChatEngine:
             sampling=sampling,
             stop_ids=self.info.stop_ids,
             adapter=loaded.adapter.sha256 if loaded else None,
-            adapter_scale=_scale(options.get("adapter_scale", 1.0)),
+            adapter_scale=adapter_scale(options),
             prompt_logprobs=scored,
         )
         generation = Generation(
             request,
             self._backend.tokenizer,
             submitted=perf_counter(),
-            stop=_stop_strings(options.get("stop", ())),
+            stop=stop_strings(options),
             dropped=dropped,
             adapter=loaded.name if loaded else None,
             on_stop=lambda: self._backend.abort(request.request_id),
@@ -333,7 +286,7 @@ class ChatEngine:
             # unasked, an answer may be as long as the default, in a quarter of the context
             usual = min(self.info.sampling.max_tokens, self.info.context_length // 4)
             room = self.info.context_length - options.get("max_tokens", usual)
-            return _drop_oldest_turns(dialog, prompt, render, room)
+            return drop_oldest_turns(dialog, prompt, render, room)
         return prompt, NOTHING_DROPPED
 
     def _render(self, dialog: Sequence[Message], template: Template, tags: Tags) -> Prompt:
@@ -357,25 +310,6 @@ class ChatEngine:
             if name not in self._adapters:
                 raise UnknownName("adapter", name, self._adapters)
             return self._adapters[name]
-
-    def _sampling(self, options: ChatOptions) -> SamplingParams:
-        asked: dict[str, Any] = {k: v for k, v in options.items() if k not in _OWN_OPTIONS}
-        for name in asked:
-            if name not in ChatOptions.__annotations__:
-                raise UsageError(
-                    f"There is no option `{name}`{suggest(name, ChatOptions.__annotations__)}",
-                    param=name,
-                )
-        return replace(self.info.sampling, **asked)
-
-    def _fit(self, sampling: SamplingParams, prompt_tokens: int, *, asked: bool) -> SamplingParams:
-        """Refuse what the context can't hold; an unasked max_tokens shrinks to what is left."""
-        room = self.info.context_length - prompt_tokens
-        if room < (sampling.max_tokens if asked else 1):
-            raise ContextOverflow(
-                prompt_tokens, sampling.max_tokens if asked else 1, self.info.context_length
-            )
-        return replace(sampling, max_tokens=min(sampling.max_tokens, room))
 
     # Adapters and opening
 
@@ -439,44 +373,3 @@ def _check_adapter_name(name: str) -> None:
             f"`{name}` can't name an adapter: use up to 64 letters, digits, `_`, `-` and `.`, "
             "with a letter, digit or `_` first."
         )
-
-
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(string, str) or not string for string in strings):
-        raise UsageError("stop is a string or a list of strings, none of them empty.", param="stop")
-    return strings
-
-
-def _scale(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0.0 <= scale <= 2.0:
-        raise UsageError(
-            f"adapter_scale is a number from 0 to 2, not {scale!r}.", param="adapter_scale"
-        )
-    return float(scale)
-
-
-def _drop_oldest_turns(
-    dialog: Sequence[Message],
-    whole: Prompt,
-    render: Callable[[Sequence[Message]], Prompt],
-    room: int,
-) -> tuple[Prompt, Dropped]:
-    """The dialog without as few of its oldest user-assistant pairs as makes it fit `room` tokens.
-
-    The system message and the last user turn always stay.
-    """
-    first = 1 if dialog and dialog[0].role == "system" else 0
-    pairs = (len(dialog) - first - 1) // 2
-    if len(whole.ids) <= room or pairs == 0:
-        return whole, NOTHING_DROPPED
-
-    def without(count: int) -> Prompt:
-        return render([*dialog[:first], *dialog[first + 2 * count :]])
-
-    counts = range(1, pairs + 1)
-    fewest = bisect.bisect_left(counts, True, key=lambda n: len(without(n).ids) <= room)
-    count = counts[min(fewest, pairs - 1)]
-    prompt = without(count)
-    indexes = tuple(range(first, first + 2 * count))
-    return prompt, Dropped(indexes, len(whole.ids) - len(prompt.ids))

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from pydantic import BaseModel
 
-from qlorachat.chat import ChatEngine, EngineOptions
+from qlorachat.chat import ChatEngine
 from qlorachat.config import EngineConfig
 from qlorachat.errors import EngineError, QueueFull
 from qlorachat.hookspecs import hookimpl
+from qlorachat.options import EngineOptions
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.protocols import Backend, Frontend, ModelInfo
 from qlorachat.tokens import FinishReason, SamplingParams, TokenEvent, TokenRequest
