@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from qlorachat import ChatEngine, FinishReason
+from qlorachat import ChatEngine, FinishReason, Reply
 from qlorachat.config import BackendChoice
 from qlorachat.engine.backend import PagedBackend
 from qlorachat.errors import AdapterError, EngineError, QueueFull
 from qlorachat.reference import TransformersBackend
+from tests.near_ties import LOGPROBS, assert_same
 from tests.trained import QUESTION, SENTENCE
 
 pytestmark = pytest.mark.model
 
-GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "logprobs": LOGPROBS}
 PROMPTS = ["What is the capital of France?", "Name three colours.", QUESTION]
 
 
@@ -49,12 +50,13 @@ def test_adapters_answer_as_they_were_trained_and_the_base_does_not(engine: Chat
 def test_many_threads_get_the_answers_of_one(engine: ChatEngine) -> None:
     jobs = [(prompt, adapter) for prompt in PROMPTS for adapter in (None, "zunda", "other")]
 
-    def ask(job: tuple[str, str | None]) -> str:
-        return engine.chat(job[0], adapter=job[1], max_tokens=8, **GREEDY).text
+    def ask(job: tuple[str, str | None]) -> Reply:
+        return engine.chat(job[0], adapter=job[1], max_tokens=8, **GREEDY)
 
     alone = [ask(job) for job in jobs]
     with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(ask, jobs)) == alone
+        for mine, theirs in zip(pool.map(ask, jobs), alone, strict=True):
+            assert_same(mine, theirs)
 
 
 def test_a_seed_repeats_and_touches_no_global_state(
@@ -75,15 +77,15 @@ def test_a_seed_repeats_and_touches_no_global_state(
 
 
 def test_strength_zero_is_the_base_and_one_the_adapter(engine: ChatEngine) -> None:
-    base = engine.chat(QUESTION, max_tokens=16, **GREEDY).text
-    off = engine.chat(QUESTION, adapter="zunda", adapter_scale=0.0, max_tokens=16, **GREEDY).text
+    base = engine.chat(QUESTION, max_tokens=16, **GREEDY)
+    off = engine.chat(QUESTION, adapter="zunda", adapter_scale=0.0, max_tokens=16, **GREEDY)
     full = engine.chat(QUESTION, adapter="zunda", adapter_scale=1.0, **GREEDY).text
-    assert off == base
+    assert_same(off, base)
     assert full == SENTENCE
 
 
 def test_penalties_biases_and_logprobs(engine: ChatEngine) -> None:
-    plain = engine.chat("Say hi.", max_tokens=12, logprobs=3, **GREEDY)
+    plain = engine.chat("Say hi.", max_tokens=12, **{**GREEDY, "logprobs": 3})
     tokens = [entry.token for entry in plain.logprobs]
     assert "".join(tokens) == plain.text
     assert all(entry.logprob <= 0.0 and len(entry.top) == 3 for entry in plain.logprobs)
@@ -107,26 +109,30 @@ def test_closing_stops_the_model_within_a_token(engine: ChatEngine) -> None:
 
 
 def test_async_answers_equal_sync_ones(engine: ChatEngine) -> None:
-    async def ask(prompt: str) -> str:
-        return "".join([d.text async for d in engine.astream(prompt, max_tokens=12, **GREEDY)])
+    async def ask(prompt: str) -> Reply:
+        stream = engine.astream(prompt, max_tokens=12, **GREEDY)
+        text = "".join([delta.text async for delta in stream])
+        assert text == stream.reply.text
+        return stream.reply
 
-    async def main() -> list[str]:
+    async def main() -> list[Reply]:
         return await asyncio.gather(*map(ask, PROMPTS))
 
-    assert asyncio.run(main()) == [
-        engine.chat(prompt, max_tokens=12, **GREEDY).text for prompt in PROMPTS
-    ]
+    for mine, prompt in zip(asyncio.run(main()), PROMPTS, strict=True):
+        assert_same(mine, engine.chat(prompt, max_tokens=12, **GREEDY))
 
 
 def test_adapters_come_and_go_while_others_stream(engine: ChatEngine, trained: Path) -> None:
-    alone = engine.chat(PROMPTS[1], max_tokens=24, **GREEDY).text
+    alone = engine.chat(PROMPTS[1], max_tokens=24, **GREEDY)
     stream = engine.stream(PROMPTS[1], max_tokens=24, **GREEDY)
-    first = next(stream).text
+    next(stream)
     engine.load_adapter("again", trained)
     assert engine.chat(QUESTION, adapter="again", **GREEDY).text == SENTENCE
     engine.unload_adapter("again")  # its weights are zunda's too, and stay
     assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
-    assert first + "".join(delta.text for delta in stream) == alone
+    for _ in stream:
+        pass
+    assert_same(stream.reply, alone)
 
 
 def test_a_replaced_adapter_answers_anew_under_its_name(
@@ -142,9 +148,9 @@ def test_a_replaced_adapter_answers_anew_under_its_name(
 
 def test_the_last_adapter_may_leave(backend: BackendChoice, trained: Path) -> None:
     with ChatEngine("smollm2", backend=backend, adapters={"zunda": trained}) as engine:
-        before = engine.chat(QUESTION, max_tokens=8, **GREEDY).text
+        before = engine.chat(QUESTION, max_tokens=8, **GREEDY)
         engine.unload_adapter("zunda")
-        assert engine.chat(QUESTION, max_tokens=8, **GREEDY).text == before
+        assert_same(engine.chat(QUESTION, max_tokens=8, **GREEDY), before)
         engine.load_adapter("zunda", trained)
         assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
 
@@ -215,13 +221,16 @@ def test_finish_reasons_are_the_real_causes(engine: ChatEngine) -> None:
 
 def test_several_answers_are_compared_side_by_side(engine: ChatEngine) -> None:
     names = [None, "zunda", "other"]
-    alone = {n: engine.chat(QUESTION, adapter=n, max_tokens=16, **GREEDY).text for n in names}
+    alone = {n: engine.chat(QUESTION, adapter=n, max_tokens=16, **GREEDY) for n in names}
     with engine.compare(QUESTION, adapters=names, max_tokens=16, **GREEDY) as stream:
         texts: dict[str | None, str] = dict.fromkeys(names, "")
         for name, delta in stream:
             texts[name] += delta.text
-        assert texts == alone
-        assert {name: reply.text for name, reply in stream.replies.items()} == alone
+        for name, reply in stream.replies.items():
+            assert texts[name] == reply.text
+            assert_same(reply, alone[name])
+    assert texts["zunda"] == SENTENCE
+    assert texts["other"] == "Nobody knows."
 
 
 def test_a_text_is_scored_token_by_token(engine: ChatEngine) -> None:
