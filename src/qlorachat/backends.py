@@ -1,10 +1,10 @@
 """Which of our two backends serves a configuration: the fast one wherever it can."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from qlorachat.adapters import read_adapter
+from qlorachat.adapters import Adapter, read_adapter
 from qlorachat.checkpoints import locate
 from qlorachat.config import EngineConfig
 from qlorachat.engine.backend import PagedBackend, unservable
@@ -24,23 +24,24 @@ def open_backend(config: EngineConfig) -> Backend:
     """
     if config.backend == "transformers":
         return _open_transformers(config)
-    if reason := next(_obstacles(config), None):
+    adapters = {name: read_adapter(Path(folder)) for name, folder in config.adapters.items()}
+    if reason := next(_obstacles(config, adapters), None):
         if config.backend == "paged":
             raise ConfigError(f"The paged backend can't serve this: {reason}.", param="backend")
         log.info("served by transformers, one request at a time: %s", reason)
         return _open_transformers(config)
-    return _open_paged(config)
+    return _open_paged(config, [adapter.largest_rank for adapter in adapters.values()])
 
 
-def _obstacles(config: EngineConfig) -> Iterator[str]:
+def _obstacles(config: EngineConfig, adapters: Mapping[str, Adapter]) -> Iterator[str]:
     assert config.model is not None, "ChatEngine settles the base model"
     checkpoint = locate(
         config.model, revision=config.revision, offline=config.offline, weights=False
     )
     if reason := unsupported(checkpoint.config):
         yield f"{checkpoint.name}: {reason}"
-    for name, folder in config.adapters.items():
-        if reason := unservable(read_adapter(Path(folder))):
+    for name, adapter in adapters.items():
+        if reason := unservable(adapter):
             yield f"adapter {name}: {reason}"
 
 
@@ -48,8 +49,8 @@ def _open_transformers(config: EngineConfig) -> TransformersBackend:
     return TransformersBackend(open_model(config), max_queue=config.max_queue)
 
 
-def _open_paged(config: EngineConfig) -> PagedBackend:
-    ranks = [read_adapter(Path(folder)).largest_rank for folder in config.adapters.values()]
+def _open_paged(config: EngineConfig, ranks: Sequence[int]) -> PagedBackend:
+    """`ranks` are the adapters' largest: memory is set aside for them."""
     return PagedBackend(
         open_model(config),
         max_queue=config.max_queue,
