@@ -31,6 +31,10 @@ class ScheduledRow:
         """The position after the last one computed; a sampled token's own position."""
         return self.start + self.num_tokens
 
+    def cache_slot(self, position: int, block_size: int) -> int:
+        """Where a position's keys and values are: block * block_size + offset."""
+        return self.block_table[position // block_size] * block_size + position % block_size
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:

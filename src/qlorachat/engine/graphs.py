@@ -116,6 +116,5 @@ class DecodeGraphs:
 
 
 def _integers(row: ScheduledRow, cache: KVCache) -> tuple[int, int, int, int, int]:
-    block = row.block_table[row.start // cache.block_size]
-    slot = block * cache.block_size + row.start % cache.block_size
+    slot = row.cache_slot(row.start, cache.block_size)
     return row.row, row.start, slot, row.end, row.slot

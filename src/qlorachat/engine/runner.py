@@ -114,7 +114,9 @@ class Runner:
         inputs = Rows(
             ids=self._last[places],
             positions=self._tensor([row.start for row in rows], torch.int32),
-            slots=self._tensor([_slot(row, row.start, self._cache) for row in rows], torch.int32),
+            slots=self._tensor(
+                [row.cache_slot(row.start, self._cache.block_size) for row in rows], torch.int32
+            ),
             attention=GatheredRows(
                 list_places(
                     self._tensor(tables, torch.int32),
@@ -131,7 +133,7 @@ class Runner:
         ids = [token for row in rows for token in row.tokens or ()]
         positions = [position for row in rows for position in range(row.start, row.end)]
         slots = [
-            _slot(row, position, self._cache)
+            row.cache_slot(position, self._cache.block_size)
             for row in rows
             for position in range(row.start, row.end)
         ]
@@ -193,12 +195,6 @@ class Runner:
 
     def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
         return to_device(torch.tensor(values, dtype=dtype), self._device)
-
-
-def _slot(row: ScheduledRow, position: int, cache: KVCache) -> int:
-    """Where a position's keys and values are: block * block_size + offset."""
-    block = row.block_table[position // cache.block_size]
-    return block * cache.block_size + position % cache.block_size
 
 
 def _last_positions(rows: Sequence[ScheduledRow]) -> list[int]:
