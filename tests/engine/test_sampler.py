@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlorachat.engine.batch import ScheduledRow
-from qlorachat.engine.sampler import Sampler, exponential_noise
+from qlorachat.engine.sampler import Sampler, _exponential, exponential_noise
 from qlorachat.sampling import Sampler as ReferenceSampler
 from qlorachat.tokens import SamplingParams, TokenRequest
 
@@ -97,6 +97,12 @@ def test_a_row_draws_the_same_whoever_is_beside_it(seed: int, others: list[int])
     everyone = [*beside, mine]
     together = sampler(*everyone)(logits.expand(len(everyone), -1).clone(), everyone)
     assert together.tokens.tolist()[-1:] == alone
+
+
+def test_noise_is_above_zero_and_finite_whatever_the_bits() -> None:
+    noise = _exponential(torch.tensor([-1, 0, 2**63 - 1, -(2**63)]))
+    assert noise.isfinite().all()
+    assert noise.min() > 0  # 0 / 0 is NaN, and argmax would choose it
 
 
 def test_noise_is_exponential_and_a_function_of_seed_and_position() -> None:

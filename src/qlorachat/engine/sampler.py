@@ -160,8 +160,16 @@ def exponential_noise(seeds: torch.Tensor, positions: torch.Tensor, size: int) -
     """
     columns = torch.arange(size, device=seeds.device)
     row = _mix(_mix(seeds) + positions)
-    bits = _mix(row[:, None] + columns) >> 40  # the upper 24, sign-extended
-    uniform = ((bits & 0xFFFFFF).float() + 0.5) / 2**24
+    return _exponential(_mix(row[:, None] + columns))
+
+
+def _exponential(bits: torch.Tensor) -> torch.Tensor:
+    """Exponential noise from random int64, above 0 and finite whatever the bits.
+
+    23 bits and a half fill float32's 24; one more would round the largest up to log(1) = 0, and
+    a chance of 0 divided by it wins the race.
+    """
+    uniform = ((bits >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
     return -uniform.log()
 
 
