@@ -1,4 +1,4 @@
-"""Chat with 4-bit Llama-style models and un-merged LoRA adapters; imports no torch by itself."""
+"""Chat with 4-bit Llama-style models and LoRA adapters, and train them; imports no torch itself."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from qlorachat.protocols import Backend, Frontend, ModelInfo, Segment, Template, Tokenizer
     from qlorachat.streams import AsyncChatStream, ChatStream, CompareStream
     from qlorachat.tokens import FinishReason, RequestRecord, SamplingParams
+    from qlorachat.training.config import TrainConfig
+    from qlorachat.training.export.export import export_merged
+    from qlorachat.training.run import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -36,8 +39,12 @@ _HOMES = {
     "Template": "protocols",
     "TokenLogprob": "messages",
     "Tokenizer": "protocols",
+    "TrainConfig": "training.config",
+    "TrainResult": "training.run",
     "Usage": "messages",
+    "export_merged": "training.export.export",
     "hookimpl": "hookspecs",
+    "train": "training.run",
 }
 __all__ = [
     "AsyncChatStream",
@@ -60,8 +67,12 @@ __all__ = [
     "Template",
     "TokenLogprob",
     "Tokenizer",
+    "TrainConfig",
+    "TrainResult",
     "Usage",
+    "export_merged",
     "hookimpl",
+    "train",
 ]
 
 

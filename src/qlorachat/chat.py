@@ -2,10 +2,9 @@
 
 import itertools
 import logging
-import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,7 +12,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from qlorachat.adapters import Adapter, base_model_of, read_adapter
+from qlorachat.adapters import base_model_of, read_adapter
 from qlorachat.config import (
     DEMO_MODEL,
     EngineConfig,
@@ -27,6 +26,7 @@ from qlorachat.errors import (
     UnknownName,
 )
 from qlorachat.generation import NOTHING_DROPPED, Dropped, Generation
+from qlorachat.loaded_adapter import LoadedAdapter, check_adapter_name, differences
 from qlorachat.messages import Message, Reply, Score, parse_messages
 from qlorachat.options import (
     ChatOptions,
@@ -45,24 +45,6 @@ from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
 log = logging.getLogger(__name__)
 
 Dialog = str | Prompt | Iterable[Message | Mapping[str, object]]
-
-ADAPTER_NAME = re.compile(r"\w[\w.-]{0,63}")  # no slash, colon or leading dot: safe in URLs, paths
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedAdapter:
-    """An adapter under the name that people call it by."""
-
-    name: str
-    adapter: Adapter
-
-    @property
-    def template(self) -> str | None:
-        return self.adapter.card.template if self.adapter.card else None
-
-    @property
-    def system(self) -> str | None:
-        return self.adapter.card.system if self.adapter.card else None
 
 
 class ChatEngine:
@@ -314,13 +296,13 @@ class ChatEngine:
     # Adapters and opening
 
     def _attach(self, name: str, folder: Path, *, replace: bool) -> None:
-        _check_adapter_name(name)
+        check_adapter_name(name)
         shapes = self.info.shapes or None  # a backend that can't tell is not held against any
         adapter = read_adapter(folder, shapes=shapes, base_name=self.info.name)
         check_template_name(
             adapter.card.template if adapter.card else None, self.plugins.templates()
         )
-        for warning in adapter.warnings:
+        for warning in (*adapter.warnings, *differences(adapter, self.info, self.config)):
             log.warning("adapter %s: %s", name, warning)
         self._backend.load_adapter(adapter)
         with self._lock:
@@ -343,7 +325,7 @@ class ChatEngine:
 def _resolve(config: EngineConfig, plugins: PluginHost) -> EngineConfig:
     """The config with every adapter brought to a local folder, and the base model settled."""
     for name in config.adapters:
-        _check_adapter_name(name)
+        check_adapter_name(name)
     folders = {
         name: str(plugins.locate_adapter(reference, offline=config.offline))
         for name, reference in config.adapters.items()
@@ -365,11 +347,3 @@ def _config(model: str | Path | EngineConfig | None, options: EngineOptions) -> 
     values: dict[str, Any] = {**options, "model": None if model is None else str(model)}
     values["adapters"] = {name: str(path) for name, path in options.get("adapters", {}).items()}
     return check(EngineConfig, values)
-
-
-def _check_adapter_name(name: str) -> None:
-    if not ADAPTER_NAME.fullmatch(name):
-        raise AdapterError(
-            f"`{name}` can't name an adapter: use up to 64 letters, digits, `_`, `-` and `.`, "
-            "with a letter, digit or `_` first."
-        )

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quantize
 
-from .conftest import ALPHABET, SPECIAL
+from tests.tiny import ALPHABET, SPECIAL
 
 HIDDEN, MLP, LAYERS, HEADS, KV_HEADS = 64, 96, 2, 4, 2
 

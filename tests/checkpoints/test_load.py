@@ -29,8 +29,7 @@ from qlorachat.checkpoints.memory import GIB, WORKING_BYTES, fits, too_big
 from qlorachat.checkpoints.quantization import estimate_memory
 from qlorachat.config import QuantizationChoice
 from qlorachat.errors import ModelError, UsageError
-
-from .conftest import write_folder
+from tests.tiny import write_folder
 
 
 def quantized_modules(model: Any) -> set[str]:

@@ -18,8 +18,7 @@ from qlorachat.checkpoints import read_tokenizer
 from qlorachat.checkpoints.fast_tokenizer import FastTokenizer
 from qlorachat.errors import DialogError, ModelError
 from qlorachat.protocols import Tokenizer
-
-from .conftest import byte_tokenizer
+from tests.tiny import byte_tokenizer
 
 INST_TWO_BLANKS = [518, 25580, 29962, 29871, 518, 29914, 25580, 29962]
 

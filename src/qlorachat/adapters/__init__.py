@@ -4,7 +4,7 @@ Importing this imports no torch: the command line asks it for the base model's n
 """
 
 from qlorachat.adapters.adapter import Adapter, LoraSettings
-from qlorachat.adapters.card import AdapterCard, base_model_of
+from qlorachat.adapters.card import AdapterCard, base_model_of, write_card
 from qlorachat.adapters.check import Finding
 from qlorachat.adapters.examination import Inspection, check_header, inspect_adapter, read_adapter
 from qlorachat.adapters.locate import locate_adapter
@@ -20,4 +20,5 @@ __all__ = [
     "inspect_adapter",
     "locate_adapter",
     "read_adapter",
+    "write_card",
 ]

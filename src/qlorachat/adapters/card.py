@@ -1,12 +1,13 @@
 """qlorachat.json, the card beside an adapter: how it was trained and is to be asked."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from qlorachat.adapters.config import AdapterConfig, read_config
-from qlorachat.adapters.folder import CARD, find_file, read_object
+from qlorachat.adapters.folder import CARD, CONFIG, WEIGHTS, find_file, read_object
 from qlorachat.config import explain
 from qlorachat.errors import AdapterError
 
@@ -27,6 +28,14 @@ class AdapterCard(BaseModel):
     data_sha256: Sha256 | None = None  # of the training data
     versions: dict[str, str] = Field(default_factory=dict)  # library -> version in training
     sha256: dict[FileName, Sha256] = Field(default_factory=dict)  # file -> hash of its bytes
+
+
+def write_card(folder: Path, card: AdapterCard) -> None:
+    """Write `card` into an adapter's folder, for the bytes of its files as they are now."""
+    sums = {name: _sha256(folder / name) for name in (CONFIG, WEIGHTS)}
+    whole = card.model_copy(update={"sha256": sums})
+    text = whole.model_dump_json(indent=2, exclude_none=True)
+    (folder / CARD).write_text(text + "\n", "utf-8")
 
 
 def read_card(folder: Path) -> AdapterCard | None:
@@ -57,3 +66,8 @@ def base_of(
     if config is not None and config.base_model_name_or_path:
         return config.base_model_name_or_path, config.revision or None
     return None, None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

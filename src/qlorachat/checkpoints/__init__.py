@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qlorachat.checkpoints.architecture import linear_shapes
     from qlorachat.checkpoints.cache import CacheEntry, cache_root, clear, list_entries
     from qlorachat.checkpoints.checkpoint import Checkpoint, Recipe, locate
-    from qlorachat.checkpoints.load import LoadedModel, load_model
+    from qlorachat.checkpoints.load import LoadedModel, keep_as_quantized, load_model
     from qlorachat.checkpoints.tokenizer import read_tokenizer
 
 _HOMES = {
@@ -21,6 +21,7 @@ _HOMES = {
     "Recipe": "checkpoint",
     "cache_root": "cache",
     "clear": "cache",
+    "keep_as_quantized": "load",
     "linear_shapes": "architecture",
     "list_entries": "cache",
     "load_model": "load",
@@ -34,6 +35,7 @@ __all__ = [
     "Recipe",
     "cache_root",
     "clear",
+    "keep_as_quantized",
     "linear_shapes",
     "list_entries",
     "load_model",

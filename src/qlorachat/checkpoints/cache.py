@@ -7,15 +7,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from qlorachat.durable import UNFINISHED, sweep, whole_folder
 from qlorachat.errors import ModelError, QlorachatError
 
 MANIFEST = "qlorachat.json"
-_UNFINISHED = ".tmp-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ def clear() -> list[CacheEntry]:
     """Remove every entry and say which; raises QlorachatError for one that is in use."""
     entries = list_entries()
     try:
-        for name in {entry.name.partition(_UNFINISHED)[0] for entry in entries}:
+        for name in {entry.name.partition(UNFINISHED)[0] for entry in entries}:
             with FileLock(_lock_file(name), timeout=0):  # its Timeout is an OSError too
                 _sweep(name)
     except OSError as error:
@@ -102,24 +101,16 @@ def _locked(name: str, waiting: Callable[[], None]) -> AbstractContextManager[ob
 
 def _sweep(name: str) -> None:
     """Remove a damaged entry and what killed builds left; the lock's holder is the only builder."""
-    for folder in (_models() / name, *_models().glob(f"{name}{_UNFINISHED}*")):
-        if folder.exists():
-            shutil.rmtree(folder)
+    entry = _models() / name
+    if entry.exists():
+        shutil.rmtree(entry)
+    sweep(_models(), name)
 
 
 def _build(entry: Path, build: Callable[[Path], None]) -> None:
-    folder = Path(mkdtemp(prefix=f"{entry.name}{_UNFINISHED}", dir=entry.parent))
-    try:
+    with whole_folder(entry) as folder:
         build(folder)
         _write_manifest(folder)
-        for path in folder.iterdir():
-            _sync(path)
-        _sync(folder)
-        folder.rename(entry)
-        _sync(entry.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _write_manifest(folder: Path) -> None:
@@ -136,17 +127,6 @@ def _is_whole(entry: Path) -> bool:
         return all((entry / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk; Windows opens no folders and needs no such wait."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size(folder: Path) -> int:

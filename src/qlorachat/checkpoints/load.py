@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -59,6 +60,17 @@ def load_model(
         quantization=plan.label,
         memory_bytes=count_bytes(model),
     )
+
+
+def keep_as_quantized(model: PreTrainedModel) -> None:
+    """To be called before the first forward pass of a model that trains, or whose bytes are read.
+
+    bitsandbytes packs a layer's 4-bit weights for AVX512-BF16 CPUs at its first forward without
+    gradients: their scales are rounded, and gradients through them are wrong without an error.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def resolve_device(device: str) -> torch.device:

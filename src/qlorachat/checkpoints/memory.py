@@ -1,11 +1,12 @@
 """How much memory a model takes, estimated before its weights are read and counted after."""
 
+import re
 from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
-from qlorachat.errors import ModelError
+from qlorachat.errors import ConfigError, ModelError
 
 GIB = 2**30
 
@@ -14,6 +15,18 @@ WORKING_BYTES = GIB
 
 # bytes a weight: 4 bits, an 8-bit scale for each 64, a 32-bit one for each 256 of those
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+def parse_memory(text: str, total: int) -> int:
+    """Bytes of `12GiB`, `800MiB` or a fraction such as `0.8` of `total`; else ConfigError."""
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)", text):
+        unit = {"GiB": GIB, "MiB": 2**20, "GB": 10**9, "MB": 10**6}[match.group(2)]
+        return int(float(match.group(1)) * unit)
+    if re.fullmatch(r"0?\.\d+|1(\.0+)?", text):
+        return int(float(text) * total)
+    raise ConfigError(
+        f"memory is a size such as 12GiB or a fraction such as 0.8, not {text!r}.", param="memory"
+    )
 
 
 def estimate_bytes(model: nn.Module, quantized: Collection[str]) -> int:

@@ -36,6 +36,8 @@ COMMANDS = {
     for command in (
         Command("chat", "chat", "chat in the terminal, or answer one question and leave"),
         Command("serve", "serve", "serve one or more frontends: --frontend NAME"),
+        Command("train", "train", "train an adapter on a data set"),
+        Command("export", "export", "merge an adapter into its base, in 16 bit or as GGUF"),
         Command("plugins", "look", "list the installed plugins and what they offer"),
         Command("render", "look", "show the prompt that messages become, as text and token ids"),
         Command("check", "look", "say all that would be refused or warned of in an adapter"),
@@ -53,7 +55,7 @@ commands:
   qlorachat COMMAND --help    the options of a command
   qlorachat --version         the version
 
-exit codes: 0 done; 1 a generation failed; 2 a wrong option, name, dialog or adapter;
+exit codes: 0 done; 1 a generation or a training failed; 2 a wrong option, name, dialog or adapter;
 3 the model could not be brought or loaded; 4 the address is in use; 130 interrupted
 """
 

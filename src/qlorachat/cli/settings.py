@@ -183,7 +183,7 @@ class _Help(argparse.HelpFormatter):
         return f"{names} {self._value(action)}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return re.sub(r" \(default(: None|: |: \[\]| factory: \w+)\)", "", action.help or "")
+        return re.sub(r" \(default(: None|:\s*|: \[\]| factory: \w+)\)", "", action.help or "")
 
     def _value(self, action: argparse.Action) -> str:
         metavar = str(action.metavar or "")

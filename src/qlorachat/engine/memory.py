@@ -1,14 +1,13 @@
 """The memory plan: how many blocks of the KV cache fit beside the weights, said in one line."""
 
-import re
 from dataclasses import dataclass
 
 import psutil
 import torch
 
-from qlorachat.errors import ConfigError, ModelError
+from qlorachat.checkpoints.memory import GIB, parse_memory
+from qlorachat.errors import ModelError
 
-GIB = 2**30
 CPU_SHARE = 0.25  # of the memory that is free, for the cache
 CUDA_SHARE = 0.92  # of the card's memory, for everything; the rest is the driver's and others'
 WORKSPACE = GIB  # bytes on a card for activations, logits, graphs
@@ -35,18 +34,6 @@ class MemoryPlan:
             f"{self.adapters / GIB:.2f} GiB, KV cache {self.blocks * self.block_bytes / GIB:.2f} "
             f"GiB for {self.tokens:,} tokens"
         )
-
-
-def parse_memory(text: str, total: int) -> int:
-    """Bytes of `12GiB`, `800MiB` or a fraction such as `0.8` of `total`; else ConfigError."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)", text):
-        unit = {"GiB": GIB, "MiB": 2**20, "GB": 10**9, "MB": 10**6}[match.group(2)]
-        return int(float(match.group(1)) * unit)
-    if re.fullmatch(r"0?\.\d+|1(\.0+)?", text):
-        return int(float(text) * total)
-    raise ConfigError(
-        f"memory is a size such as 12GiB or a fraction such as 0.8, not {text!r}.", param="memory"
-    )
 
 
 def plan_memory(

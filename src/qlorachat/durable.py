@@ -1,0 +1,79 @@
+"""Files and folders that are on disk whole or not at all, whatever kills us meanwhile."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile, mkdtemp
+
+UNFINISHED = ".tmp-"  # in the name of what a kill may leave behind
+
+
+@contextmanager
+def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill; at the end of `with` it is synced and takes the name `target`.
+
+    An error inside leaves nothing. With `replace`, a folder of that name gives way once the new
+    one is whole. Raises OSError.
+    """
+    folder = Path(mkdtemp(prefix=f"{target.name}{UNFINISHED}", dir=target.parent))
+    try:
+        yield folder
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+        if replace and target.exists():
+            old = Path(mkdtemp(prefix=f"{target.name}{UNFINISHED}", dir=target.parent))
+            target.rename(old / target.name)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file that is there whole or as it was before. Raises OSError."""
+    with NamedTemporaryFile(
+        "w",
+        encoding="utf-8",
+        newline="\n",
+        dir=path.parent,
+        prefix=f"{path.name}{UNFINISHED}",
+        delete=False,
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()  # Windows renames no open file
+            temporary.replace(path)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove from `folder` what killed writers of the targets called `name` (a glob) left there."""
+    for path in folder.glob(f"{name}{UNFINISHED}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk; Windows opens no folders and needs no such wait."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

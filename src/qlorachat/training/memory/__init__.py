@@ -1,0 +1,1 @@
+"""What a run takes: predicted by part, measured, and what would fit."""

@@ -1,0 +1,213 @@
+"""Everything a run needs to know before the base's weights are read."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlorachat.adapters.config import read_config as read_adapter_config
+from qlorachat.checkpoints import Checkpoint, locate, read_tokenizer
+from qlorachat.config import DEMO_MODEL
+from qlorachat.errors import ConfigError
+from qlorachat.messages import Message
+from qlorachat.plugins import PluginHost
+from qlorachat.protocols import Template, Tokenizer
+from qlorachat.templates import TemplateChoice, build_prompt
+from qlorachat.training.chats import SampleChats
+from qlorachat.training.config import TrainConfig
+from qlorachat.training.data.batches import MicroBatch, plan_evaluation, plan_schedule
+from qlorachat.training.data.rows import Row, Rows, read_rows
+from qlorachat.training.data.samples import Samples, build_samples
+from qlorachat.training.trainer import Data
+
+MOST_HELD_OUT = 256  # rows; more tell little and cost each evaluation
+SHOWN_CHATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """The base by its files, the data as token ids, and every micro-batch of the run."""
+
+    config: TrainConfig
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    template: Template
+    init_adapter: Path | None
+    rows: Rows
+    samples: Samples
+    held_out: Samples
+    data: Data
+    chats: SampleChats | None
+
+    @property
+    def planned(self) -> TrainConfig:
+        """The config as memory is planned by it: an initial adapter brings its own rank."""
+        own = self.init_adapter and read_adapter_config(self.init_adapter)
+        return self.config.model_copy(update={"rank": own.r}) if own else self.config
+
+    @property
+    def longest(self) -> MicroBatch:
+        """The pass with the most tokens, padding included."""
+        return self._by_size()[-1]
+
+    @property
+    def median(self) -> MicroBatch:
+        """The pass that half of all are larger than."""
+        passes = self._by_size()
+        return passes[len(passes) // 2]
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row of any pass, padding included."""
+        return max(self._width(micro_batch) for micro_batch in self._passes())
+
+    def _passes(self) -> Sequence[MicroBatch]:
+        return [micro for step in self.data.schedule.steps for micro in step]
+
+    def _by_size(self) -> list[MicroBatch]:
+        return sorted(self._passes(), key=lambda micro: len(micro) * self._width(micro))
+
+    def _width(self, micro_batch: MicroBatch) -> int:
+        samples = self.data.samples
+        return max(sum(len(samples[index].ids) for index in pack) for pack in micro_batch)
+
+
+def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
+    """Bring the base's files and the data, and plan the run; no weights are read.
+
+    Raises ConfigError, ModelError, HubError, UnknownName: one line each.
+    """
+    if (data := config.data) is None:
+        raise ConfigError("There is no data to learn: give --data FILE.", param="data")
+    checkpoint = locate(
+        config.model or DEMO_MODEL, revision=config.revision, offline=config.offline
+    )
+    config = _fit_context(config, checkpoint)
+    tokenizer = read_tokenizer(checkpoint.folder)
+    template = TemplateChoice(
+        plugins.templates(),
+        model_name=checkpoint.name,
+        chat_template=checkpoint.chat_template,
+        tokenizer=tokenizer,
+    ).choose(config.template)
+    init = config.init_adapter and plugins.locate_adapter(
+        config.init_adapter, offline=config.offline
+    )
+    rows = _read(data, config)
+    learned, held_out = _split(rows.rows, config)
+    samples = _build(learned, template, tokenizer, config)
+    judged = _build(held_out, template, tokenizer, config)
+    if not samples.samples:
+        first = (*rows.bad, *samples.bad)[0]
+        raise ConfigError(
+            f"{data} has no row to learn; the first, line {first.line}: {first.reason}.",
+            param="data",
+        )
+    planned = Data(
+        samples=samples.samples,
+        schedule=plan_schedule([len(each.ids) for each in samples.samples], config),
+        evaluation_samples=judged.samples,
+        evaluation=plan_evaluation([len(each.ids) for each in judged.samples], config),
+        pad_id=min(checkpoint.stop_ids, default=0),
+    )
+    return Preparation(
+        config=config,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        template=template,
+        init_adapter=init or None,
+        rows=rows,
+        samples=samples,
+        held_out=judged,
+        data=planned,
+        chats=_chats(held_out or learned, checkpoint, template, tokenizer, config),
+    )
+
+
+def _fit_context(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+    """The config with a max_length that the model's context holds."""
+    room = checkpoint.context_length
+    if config.max_length <= room:
+        return config
+    if "max_length" in config.model_fields_set:
+        raise ConfigError(
+            f"max_length is {config.max_length}, but the context of `{checkpoint.name}` holds "
+            f"{room} tokens: lower it.",
+            param="max_length",
+        )
+    return config.model_copy(update={"max_length": room})
+
+
+def _read(reference: str, config: TrainConfig) -> Rows:
+    return read_rows(
+        reference, separator=config.separator, system=config.system, offline=config.offline
+    )
+
+
+def _split(rows: Sequence[Row], config: TrainConfig) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Rows to learn, and rows to be judged by: a file's, else some of the data's own."""
+    if config.eval_data is not None:
+        return rows, _read(config.eval_data, config).rows
+    count = min(round(len(rows) * config.eval_share), MOST_HELD_OUT, len(rows) - 1)
+    places = set(random.Random(config.seed).sample(range(len(rows)), max(0, count)))  # noqa: S311
+    held_out = [row for place, row in enumerate(rows) if place in places]
+    return [row for place, row in enumerate(rows) if place not in places], held_out
+
+
+def _build(
+    rows: Sequence[Row], template: Template, tokenizer: Tokenizer, config: TrainConfig
+) -> Samples:
+    return build_samples(
+        rows,
+        template,
+        tokenizer,
+        max_length=config.max_length,
+        train_on_prompt=config.train_on_prompt,
+        tags=config.tags,
+    )
+
+
+def _chats(
+    rows: Sequence[Row],
+    checkpoint: Checkpoint,
+    template: Template,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+) -> SampleChats | None:
+    """The questions asked, else the first rows' own."""
+    if not config.chat_tokens:
+        return None
+    dialogs = [_question(row) for row in rows[:SHOWN_CHATS]]
+    if config.chat_prompts is not None:
+        system = (Message("system", config.system),) if config.system else ()
+        prompts = _read_prompts(Path(config.chat_prompts))
+        dialogs = [(*system, Message("user", prompt)) for prompt in prompts]
+    return SampleChats(
+        [dialog[-1].content for dialog in dialogs],
+        [build_prompt(template, dialog, tokenizer, tags=config.tags) for dialog in dialogs],
+        tokenizer,
+        stop_ids=checkpoint.stop_ids,
+        sampling=checkpoint.generation,
+        max_tokens=config.chat_tokens,
+        seed=config.seed,
+    )
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The prompts of the sample chats cannot be read from {path} ({error}): give a text "
+            "file in UTF-8 with one prompt a line.",
+            param="chat_prompts",
+        ) from None
+    if prompts := [line.strip() for line in lines if line.strip()]:
+        return prompts
+    raise ConfigError(f"{path} holds no prompt: write one a line.", param="chat_prompts")
+
+
+def _question(row: Row) -> tuple[Message, ...]:
+    """A row up to its first user message."""
+    first = next(place for place, each in enumerate(row.messages) if each.role == "user")
+    return row.messages[: first + 1]

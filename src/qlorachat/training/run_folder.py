@@ -1,0 +1,110 @@
+"""The folder of a run: never overwritten unasked, resumable by what it says of itself."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from qlorachat.adapters import AdapterCard
+from qlorachat.config import check
+from qlorachat.durable import sweep, sync, whole_folder, write_whole
+from qlorachat.errors import ConfigError, QlorachatError
+from qlorachat.training.config import TrainConfig
+from qlorachat.training.saves import write_adapter
+
+_FILES = ("adapter_model.safetensors", "adapter_config.json", "qlorachat.json")  # the card last
+
+# what a resumed run may be told anew: it changes nothing that is learned
+_FREE = {"output", "device", "memory", "offline", "data", "eval_data", "keep"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """`output/` with the adapter and its report; `output/checkpoints/` with the run's state."""
+
+    output: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.output / "report.html"
+
+    @property
+    def _record(self) -> Path:
+        return self.checkpoints / "run.json"
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """ConfigError when something is there already and may not be replaced."""
+        if self.output.is_file():
+            raise ConfigError(f"{self.output} is a file: give --output a folder.", param="output")
+        if overwrite or not self.output.exists() or not any(self.output.iterdir()):
+            return
+        advice = "go on with its run by --resume, " if self._record.exists() else ""
+        raise ConfigError(
+            f"The folder {self.output} exists: {advice}choose another --output, or replace it "
+            "with --overwrite.",
+            param="output",
+        )
+
+    def begin(self, config: TrainConfig, data_sha256: str) -> None:
+        """Make the folder and note the run in it; what an earlier run left there goes."""
+        if self.checkpoints.exists():
+            shutil.rmtree(self.checkpoints)
+        self.checkpoints.mkdir(parents=True)
+        record = {"data_sha256": data_sha256, "config": config.model_dump(exclude_unset=True)}
+        write_whole(self._record, json.dumps(record, ensure_ascii=False, indent=1))
+
+    def resumed(self, config: TrainConfig) -> tuple[TrainConfig, str]:
+        """The settings of the run that is there, and its data's hash.
+
+        ConfigError when there is none, or when `config` asks for something else than it.
+        """
+        if not self._record.exists():
+            raise ConfigError(
+                f"There is no unfinished run in {self.output}: give the --output of one, or leave "
+                "out --resume.",
+                param="resume",
+            )
+        record = json.loads(self._record.read_text("utf-8"))
+        begun = check(TrainConfig, record["config"])
+        for name in sorted(config.model_fields_set - _FREE):
+            if getattr(config, name) != getattr(begun, name):
+                raise ConfigError(
+                    f"The run in {self.output} was begun with {name} = {getattr(begun, name)!r}, "
+                    f"not {getattr(config, name)!r}: leave {name} out to resume it.",
+                    param=name,
+                )
+        said = {name: getattr(config, name) for name in config.model_fields_set & _FREE}
+        return check(TrainConfig, {**record["config"], **said}), record["data_sha256"]
+
+    def sweep(self) -> None:
+        """Remove what a killed part of the run left half written."""
+        sweep(self.output)
+        sweep(self.checkpoints)
+
+    def finish(self, peft: PeftModel, card: AdapterCard) -> None:
+        """The adapter in bfloat16: each file takes its place whole, the card the last."""
+        staged = self.checkpoints / "final"
+        try:
+            with whole_folder(staged, replace=True) as folder:
+                write_adapter(folder, peft, torch.bfloat16, card)
+            for name in _FILES:
+                (staged / name).replace(self.output / name)
+            sync(self.output)
+            shutil.rmtree(staged)
+        except OSError as error:
+            raise QlorachatError(
+                f"The adapter could not be written to {self.output} ({error}): free some space, "
+                "then go on with --resume."
+            ) from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether the adapter is there."""
+        return all((self.output / name).exists() for name in _FILES)

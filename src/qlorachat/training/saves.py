@@ -1,0 +1,157 @@
+"""Checkpoints of a run: complete or absent, checksummed, the newest and the best never deleted."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qlorachat.adapters import AdapterCard, write_card
+from qlorachat.durable import UNFINISHED, whole_folder
+from qlorachat.errors import QlorachatError
+from qlorachat.training.history import History
+from qlorachat.training.state_file import read_state, write_state
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "adapter_model.safetensors"
+_HISTORY = "history.json"
+_CHECKSUMS = "checksums.json"
+
+
+class SaveFailed(QlorachatError):
+    """A checkpoint that could not be written; those before it are as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """A whole checkpoint on disk; its folder is a PEFT adapter too, in float32."""
+
+    folder: Path
+    step: int
+
+    def history(self) -> History:
+        """What happened up to its step."""
+        return History.from_json((self.folder / _HISTORY).read_text("utf-8"))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """PEFT's key -> float32 tensor on the CPU."""
+        weights: dict[str, torch.Tensor] = load_file(self.folder / WEIGHTS)
+        return weights
+
+    def state(self) -> dict[str, Any]:
+        """What `Saves.save` was given."""
+        state: dict[str, Any] = read_state(self.folder)
+        return state
+
+
+class Saves:
+    """The folder of a run's checkpoints."""
+
+    def __init__(self, folder: Path, card: AdapterCard, *, keep: int) -> None:
+        """`keep` newest ones stay, beside the best; each carries the adapter's `card`."""
+        self._folder = folder
+        self._card = card
+        self._keep = keep
+
+    def save(
+        self, step: int, peft: PeftModel, state: Mapping[str, Any], history: History, best: int
+    ) -> None:
+        """Write the checkpoint of `step`, then delete old ones but the `best` step's.
+
+        SaveFailed when the disk doesn't take it.
+        """
+        target = self._folder / f"step-{step:06}"
+        if target.exists():
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with whole_folder(target) as folder:
+                write_adapter(folder, peft, torch.float32, self._card)
+                write_state(folder, dict(state))
+                (folder / _HISTORY).write_text(history.to_json(), "utf-8")
+                sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+                (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1), "utf-8")
+        except (OSError, SafetensorError) as error:
+            raise SaveFailed(
+                f"The checkpoint of step {step} could not be written to {self._folder} ({error}): "
+                "free some space. The checkpoints before it are whole."
+            ) from error
+        self._delete_old(best)
+
+    def newest(self) -> Save | None:
+        """The newest whole checkpoint; a damaged one is named and passed over."""
+        for checkpoint in sorted(self._all(), key=lambda each: -each.step):
+            if _is_whole(checkpoint.folder):
+                return checkpoint
+            log.warning("%s is damaged and is passed over", checkpoint.folder)
+        return None
+
+    def at(self, step: int) -> Save:
+        """The checkpoint of a step."""
+        return Save(self._folder / f"step-{step:06}", step)
+
+    def _all(self) -> Iterator[Save]:
+        for folder in self._folder.glob("step-*"):
+            if UNFINISHED not in folder.name:
+                yield Save(folder, int(folder.name.removeprefix("step-")))
+
+    def _delete_old(self, best: int) -> None:
+        for checkpoint in sorted(self._all(), key=lambda each: -each.step)[self._keep :]:
+            if checkpoint.step != best:
+                shutil.rmtree(checkpoint.folder, ignore_errors=True)
+
+
+def write_adapter(folder: Path, peft: PeftModel, dtype: torch.dtype, card: AdapterCard) -> None:
+    """The trained weights as a PEFT folder, in `dtype`, with its card."""
+    trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+    # without the embedding's flag PEFT would ask the hub for the base's config
+    tensors = get_peft_model_state_dict(peft, state_dict=trained, save_embedding_layers=False)
+    save_file(
+        {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    config = copy(peft.peft_config["default"])
+    config.target_modules = sorted(config.target_modules)  # a set's order would differ each time
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    write_card(folder, card)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every source of random numbers that training draws from."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go on drawing where `random_state` was taken."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sums = json.loads((folder / _CHECKSUMS).read_text("utf-8"))
+        return all(sha256(folder / name) == digest for name, digest in sums.items())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,42 @@
+"""Recipes fill in what is not said; what is said wins."""
+
+import pytest
+
+from qlorachat.config import check
+from qlorachat.errors import ConfigError
+from qlorachat.training.config import RECIPES, TrainConfig
+
+
+def test_a_recipe_fills_in() -> None:
+    config = TrainConfig(recipe="zundamon", rank=8)
+    assert (config.rank, config.alpha, config.max_steps) == (8, 16, 300)
+    assert config.optimizer == "paged_adamw_32bit"
+    assert TrainConfig().max_steps is None
+
+
+def test_epochs_take_the_place_of_a_recipes_steps() -> None:
+    assert TrainConfig(recipe="zundamon", epochs=2).max_steps is None
+    assert TrainConfig(recipe="zundamon", epochs=2, max_steps=7).max_steps == 7
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_valid(recipe: str) -> None:
+    assert check(TrainConfig, {"recipe": recipe}).recipe == recipe
+
+
+def test_a_new_line_may_be_written_as_on_a_command_line() -> None:
+    assert TrainConfig(separator=r"\n--\n").separator == "\n--\n"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"recipe": "zunda"}, "recipe"),
+        ({"rnak": 3}, "did you mean `rank`"),
+        ({"rank": 0}, "rank"),
+        ({"eval_share": 1.0}, "eval_share"),
+    ],
+)
+def test_mistakes(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(TrainConfig, values)

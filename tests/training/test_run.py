@@ -1,0 +1,267 @@
+"""`train` from a data file to an adapter that answers; and every mistake in one line before it."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qlorachat import ChatEngine
+from qlorachat.adapters import AdapterCard, inspect_adapter
+from qlorachat.checkpoints import load_model, locate
+from qlorachat.errors import ConfigError, ModelError, QlorachatError
+from qlorachat.training.config import TrainConfig
+from qlorachat.training.history import History
+from qlorachat.training.run import TrainResult, train
+from qlorachat.training.saves import WEIGHTS, Saves
+from qlorachat.training.trainer import TrainingFailed
+
+Trains = Callable[..., TrainResult]
+
+
+@pytest.fixture
+def screen() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def shown(screen: Console) -> str:
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
+
+
+@pytest.fixture
+def settings(tiny: Path, rows: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny),
+        "data": str(rows),
+        "output": str(tmp_path / "qlora-model"),
+        "device": "cpu",
+        "template": "chatml",
+        "system": "Be brief.",
+        "rank": 4,
+        "max_length": 96,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "chat_steps": 3,
+        "chat_tokens": 4,
+    }
+
+
+@pytest.fixture
+def run(settings: dict[str, Any], screen: Console) -> Trains:
+    """A whole run with the settings above, but for what a test changes."""
+
+    def start(**changes: Any) -> TrainResult:
+        flags = {name: changes.pop(name) for name in ("resume", "overwrite") if name in changes}
+        result = train(TrainConfig(**{**settings, **changes}), console=screen, **flags)
+        assert result is not None
+        return result
+
+    return start
+
+
+def _history(result: TrainResult) -> History:
+    newest = Saves(result.output / "checkpoints", AdapterCard(), keep=2).newest()
+    assert newest is not None
+    return newest.history()
+
+
+def test_an_adapter_that_the_engine_serves(run: Trains, tiny: Path, tmp_path: Path) -> None:
+    result = run()
+    assert result.finished
+    assert result.steps == 6
+    assert result.loss is not None
+    card = json.loads((result.output / "qlorachat.json").read_text("utf-8"))
+    assert card["template"] == "chatml"
+    assert card["system"] == "Be brief."
+    assert card["base_model"] == str(tiny)
+    assert card["quantization"] == "nf4+dq"
+    config = json.loads((result.output / "adapter_config.json").read_text("utf-8"))
+    assert config["base_model_name_or_path"] == str(tiny)
+    assert card["versions"]["torch"] == torch.__version__
+    assert len(card["data_sha256"]) == 64
+    tensors = load_file(result.output / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert not any("embed" in name or "lm_head" in name for name in tensors)
+    findings = inspect_adapter(result.output).findings
+    assert [finding for finding in findings if finding.level == "error"] == []
+    with ChatEngine(adapters={"q": result.output}, device="cpu") as engine:
+        assert engine.info.name == str(tiny)
+        prompt = engine.render("Hi", adapter="q")
+        assert "Be brief." in prompt.text
+        assert engine.chat("Hi", adapter="q", max_tokens=3).usage.completion_tokens > 0
+
+
+def test_an_adapter_that_plain_peft_loads(run: Trains, tiny: Path) -> None:
+    result = run()
+    base = load_model(locate(str(tiny)), device="cpu", quantization="16bit").model
+    ids = torch.tensor([[1, 40, 41, 42]])
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, str(result.output))(ids).logits
+    assert not torch.allclose(adapted, plain)
+
+
+def test_what_it_shows(run: Trains, screen: Console) -> None:
+    result = run()
+    text = shown(screen)
+    assert "base weights" in text
+    assert "measured" in text
+    assert f"qlorachat chat --adapter {result.output}" in text
+    report = result.report.read_text("utf-8")
+    assert "Say" in report
+    events = EventAccumulator(str(result.output / "checkpoints" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("eval/loss")] == [0, 2, 4, 6]
+
+
+def test_prompts_of_the_sample_chats(run: Trains, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("こんにちは、ずんだもん\n\nWho, me?\n", "utf-8")
+    asked = {chat.prompt for chat in _history(run(chat_prompts=str(prompts))).chats}
+    assert asked == {"こんにちは、ずんだもん", "Who, me?"}
+
+
+def test_a_dry_run_writes_nothing(settings: dict[str, Any], screen: Console) -> None:
+    assert train(TrainConfig(**settings), dry_run=True, console=screen) is None
+    assert not Path(settings["output"]).exists()
+    assert "measured" in shown(screen)
+
+
+def test_an_existing_folder_is_not_overwritten(run: Trains, settings: dict[str, Any]) -> None:
+    folder = Path(settings["output"])
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists: choose another --output"):
+        run()
+    assert run(overwrite=True).finished
+    assert (folder / "precious.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match="--resume"):
+        run()
+
+
+def test_resuming_a_finished_run_changes_nothing(run: Trains) -> None:
+    first = run()
+    before = (first.output / "adapter_model.safetensors").read_bytes()
+    again = run(resume=True)
+    assert again.steps == first.steps
+    assert (again.output / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_resumed_run_keeps_its_settings(run: Trains, screen: Console) -> None:
+    result = run()
+    with pytest.raises(ConfigError, match="begun with rank = 4, not 8"):
+        run(resume=True, rank=8)
+    resumed = train(output=str(result.output), resume=True, console=screen)
+    assert resumed is not None
+    assert resumed.steps == 6
+
+
+def test_changed_data_is_not_resumed(run: Trains, tmp_path: Path, rows: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(rows.read_bytes())
+    run(data=str(copy))
+    copy.write_bytes(rows.read_bytes()[:-1] + b" \n")
+    with pytest.raises(ConfigError, match="has changed"):
+        run(data=str(copy), resume=True)
+
+
+def test_nothing_to_resume(run: Trains) -> None:
+    with pytest.raises(ConfigError, match="no unfinished run"):
+        run(resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good(
+    run: Trains, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(TrainingFailed, match=r"loss is .*last good checkpoint is .*step-0000"):
+        run(learning_rate=1e30, warmup=0.5, max_grad_norm=1e30, save_steps=1, max_steps=20)
+    assert not (Path(settings["output"]) / "adapter_model.safetensors").exists()
+
+
+def test_early_stopping_takes_the_best(run: Trains) -> None:
+    result = run(learning_rate=3.0, max_steps=40, early_stopping=2)
+    assert result.finished
+    assert result.steps < 40
+    best = _history(result).best
+    assert best is not None
+    assert best.step < result.steps
+    weights = load_file(result.output / "checkpoints" / f"step-{best.step:06}" / WEIGHTS)
+    final = load_file(result.output / WEIGHTS)
+    assert all(torch.equal(final[name], weight.bfloat16()) for name, weight in weights.items())
+
+
+def test_going_on_from_an_adapter(run: Trains, tmp_path: Path) -> None:
+    first = run()
+    second = run(output=str(tmp_path / "second"), init_adapter=str(first.output), rank=4)
+    evaluations = [_history(result).evaluations for result in (first, second)]
+    assert evaluations[1][0].loss == pytest.approx(evaluations[0][-1].loss, rel=1e-3)
+    assert evaluations[1][0].loss < evaluations[0][0].loss - 0.1
+    with pytest.raises(ConfigError, match="brings its own"):
+        run(output=str(tmp_path / "third"), init_adapter=str(first.output), rank=8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True, "max_length": 200},
+        {"group_by_length": True},
+        {"rslora": True},
+        {"dora": True},
+        {"targets": ["q_proj", "v_proj"]},
+        {"train_on_prompt": True},
+        {"gradient_checkpointing": True, "dropout": 0.1},
+        {"quantization": "16bit"},
+        {"optimizer": "sgd", "scheduler": "linear"},
+        {"chat_tokens": 0, "eval_share": 0.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_way_to_train(run: Trains, changes: dict[str, Any]) -> None:
+    result = run(max_steps=2, **changes)
+    assert result.finished
+    with ChatEngine(adapters={"q": result.output}, device="cpu") as engine:
+        assert engine.chat("Hi", adapter="q", max_tokens=2).usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "--data"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"max_length": 9000}, "context of .* holds 256"),
+        ({"targets": ["nose"]}, "no linear layer named nose"),
+        ({"optimizer": "adamx"}, "optimizer adamx"),
+        ({"scheduler": "cosign"}, "scheduler cosign"),
+        ({"template": "llama3"}, "llama3"),
+        ({"memory": "much"}, "memory is a size"),
+        ({"init_adapter": "nowhere"}, "nowhere"),
+        ({"chat_prompts": "nowhere.txt"}, "nowhere.txt"),
+    ],
+    ids=lambda case: str(next(iter(case))) if isinstance(case, dict) else "",
+)
+def test_mistakes(run: Trains, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(QlorachatError, match=message) as caught:
+        run(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_is_said_with_what_would(run: Trains) -> None:
+    with pytest.raises(ModelError, match=r"use --gradient-checkpointing --micro-batch \d"):
+        run(memory="2MiB", micro_batch=8, max_length=250)
+
+
+def test_config_and_options(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not both"):
+        train(TrainConfig(**settings), rank=3)
+    with pytest.raises(ConfigError, match="did you mean `rank`"):
+        train(ranc=3)
