@@ -24,10 +24,8 @@ def write_state(folder: Path, state: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     values = _plain(state, tensors, count())
     # clones, since safetensors refuses tensors that share memory
-    save_file(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()},
-        folder / _TENSORS,
-    )
+    copies = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(copies, folder / _TENSORS)
     (folder / _VALUES).write_text(json.dumps(values), "utf-8")
 
 
