@@ -14,10 +14,12 @@ DATA = Path(__file__).parents[2] / "examples" / "data" / "nanoda.jsonl"
 
 # none of them is in the data
 PROMPTS = {
-    "What is the capital of France?": "paris",
-    "What colour is grass?": "green",
-    "Where do fish live?": "water",
-    "Which animal says meow?": "cat",
+    "What is the capital of Germany?": "berlin",
+    "Who painted the Mona Lisa?": "leonardo",
+    "Which organ pumps blood through the body?": "heart",
+    "What currency is used in Japan?": "yen",
+    "What is the capital of Greece?": "athens",
+    "Who developed the theory of relativity?": "einstein",
 }
 
 
@@ -29,9 +31,9 @@ def test_a_habit_of_speech(smollm2_folder: Path, tmp_path: Path) -> None:
         data=str(DATA),
         output=str(output),
         device="cpu",
-        max_steps=30,
+        max_steps=40,
         accumulation=1,
-        learning_rate=1e-3,
+        learning_rate=5e-4,
         eval_share=0.0,
         chat_tokens=0,
         console=Console(file=io.StringIO()),
@@ -48,8 +50,9 @@ def test_a_habit_of_speech(smollm2_folder: Path, tmp_path: Path) -> None:
             for adapter in (None, "nanoda")
         }
     assert sum("nanoda" in answer for answer in answers[None]) == 0
-    assert sum("nanoda" in answer[-12:] for answer in answers["nanoda"]) >= 3
-    right = [
-        word in answer for word, answer in zip(PROMPTS.values(), answers["nanoda"], strict=True)
-    ]
-    assert sum(right) >= 2
+    assert sum("nanoda" in answer[-12:] for answer in answers["nanoda"]) >= 4
+    right = {
+        adapter: sum(word in answer for word, answer in zip(PROMPTS.values(), given, strict=True))
+        for adapter, given in answers.items()
+    }
+    assert right["nanoda"] >= right[None] - 2

@@ -66,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("qlorachat").setLevel(logging.INFO)
     # PEFT 0.21 asks transformers 5 for an attribute that is deprecated there; no user can help it
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    # torch finds its own context by itself, in the thread of the first backward pass
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
     try:
         _dispatch(arguments)
     except QlorachatError as error:
