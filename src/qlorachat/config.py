@@ -18,18 +18,13 @@ Overflow = Literal["error", "drop_oldest_turns"]
 Tags = Literal["refuse", "allow"]
 
 
-class EngineConfig(BaseModel):
-    """How an engine is opened; every field is a flag, an environment variable and a file key."""
+class BaseModelConfig(BaseModel):
+    """Which base model, and how it is loaded, to serve or to train."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = Field(
-        None,
-        description="base model, a folder or a hub repository; default: the one that the first "
-        "adapter names, else the demo model",
-    )
-    adapters: dict[str, str] = Field(
-        default_factory=dict, description="adapter name -> folder or hub repository"
+        None, description="base model, a folder or a hub repository; default: the demo model"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
     offline: bool = Field(False, description="never ask the hub; use what is on disk")
@@ -38,6 +33,19 @@ class EngineConfig(BaseModel):
         "auto",
         description="auto: as the checkpoint asks, else nf4; nf4: every linear layer in NF4 with "
         "double quantization; 16bit: none",
+    )
+
+
+class EngineConfig(BaseModelConfig):
+    """How an engine is opened; every field is a flag, an environment variable and a file key."""
+
+    model: str | None = Field(
+        None,
+        description="base model, a folder or a hub repository; default: the one that the first "
+        "adapter names, else the demo model",
+    )
+    adapters: dict[str, str] = Field(
+        default_factory=dict, description="adapter name -> folder or hub repository"
     )
     backend: BackendChoice = Field(
         "auto",

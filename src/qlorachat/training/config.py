@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from qlorachat.config import QuantizationChoice, Tags
+from qlorachat.config import BaseModelConfig, Tags
 
 RecipeName = Literal["default", "zundamon"]
 
@@ -36,10 +36,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(BaseModelConfig):
     """How an adapter is trained; every field is a flag, an environment variable, a file key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: str | None = Field(
         None, description="rows to learn: .json, .jsonl, .csv, .parquet, or a hub data set"
@@ -49,18 +47,6 @@ class TrainConfig(BaseModel):
         "default", description="defaults for all that is not said; zundamon: the origin's of 2023"
     )
 
-    # The base
-    model: str | None = Field(
-        None, description="base model, a folder or a hub repository; default: the demo model"
-    )
-    revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
-    offline: bool = Field(False, description="never ask the hub; use what is on disk")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    quantization: QuantizationChoice = Field(
-        "auto",
-        description="auto: as the checkpoint asks, else nf4; nf4: every linear layer in NF4 with "
-        "double quantization; 16bit: none",
-    )
     memory: str | None = Field(
         None,
         description="what the process may take, such as 12GiB or 0.8; default: what is free, so "
