@@ -1,5 +1,8 @@
 """Recipes fill in what is not said; what is said wins."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from qlorachat.config import check
@@ -22,6 +25,12 @@ def test_epochs_take_the_place_of_a_recipes_steps() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_valid(recipe: str) -> None:
     assert check(TrainConfig, {"recipe": recipe}).recipe == recipe
+
+
+def test_the_example_is_valid() -> None:
+    example = Path(__file__).parents[2] / "examples" / "zundamon.toml"
+    config = check(TrainConfig, tomllib.loads(example.read_text("utf-8")))
+    assert (config.rank, config.memory) == (64, "11.5GiB")
 
 
 def test_a_new_line_may_be_written_as_on_a_command_line() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,20 @@ def test_an_adapter_that_the_engine_serves(run: Trains, tiny: Path, tmp_path: Pa
         prompt = engine.render("Hi", adapter="q")
         assert "Be brief." in prompt.text
         assert engine.chat("Hi", adapter="q", max_tokens=3).usage.completion_tokens > 0
+
+
+def test_serving_otherwise_than_trained_is_said(
+    run: Trains, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapters = {"q": run().output}
+    with caplog.at_level(logging.WARNING), ChatEngine(adapters=adapters, device="cpu"):
+        assert "in training" not in caplog.text
+    with (
+        caplog.at_level(logging.WARNING),
+        ChatEngine(adapters=adapters, device="cpu", quantization="16bit", system="Be loud."),
+    ):
+        assert "the quantization was 'nf4+dq' in training and is 'none' here" in caplog.text
+        assert "the system prompt was 'Be brief.' in training" in caplog.text
 
 
 def test_an_adapter_that_plain_peft_loads(run: Trains, tiny: Path) -> None:

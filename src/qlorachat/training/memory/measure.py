@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import psutil
@@ -53,13 +53,10 @@ def measure(
 
 
 def _measured(plan: MemoryPlan, static: Mapping[str, int], activations: int) -> MemoryPlan:
-    kept = [
-        Part(part.name, part.predicted, static[part.name])
-        for part in plan.parts
-        if part.name in static
-    ]
+    kept = [replace(part, measured=static[part.name]) for part in plan.parts if part.name in static]
     rest = plan.predicted - sum(part.predicted for part in kept)
-    parts = (*kept, Part("activations", rest, activations))
+    seen_as_one = tuple(part for part in plan.parts if part.name not in static)
+    parts = (*kept, Part("activations", rest, activations, seen_as_one))
     return MemoryPlan(plan.device, plan.limit, parts)
 
 

@@ -29,6 +29,7 @@ class Part:
     name: str
     predicted: int
     measured: int | None = None
+    within: tuple["Part", ...] = ()  # predicted one by one, seen only together
 
 
 @dataclass(frozen=True, slots=True)

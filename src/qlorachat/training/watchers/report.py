@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from qlorachat.durable import write_whole
 from qlorachat.training.history import Chat, History
-from qlorachat.training.memory.plan import MemoryPlan
+from qlorachat.training.memory.plan import MemoryPlan, Part
 from qlorachat.training.watchers.charts import (
     NARROW,
     WIDE,
@@ -83,11 +83,12 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """A part of the plan with its two bars."""
+    """A part of the plan with its two bars, and the predicted parts that it was measured for."""
 
     name: str
     predicted: Bar | None
     measured: Bar | None
+    within: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,8 @@ def _plan_rows(plan: MemoryPlan) -> list[PlanRow]:
     measured = [part.measured for part in plan.parts]
     whole = max(plan.predicted, plan.measured or 0)
     return [
-        PlanRow(part.name, *bars)
-        for part, *bars in zip(
+        PlanRow(part.name, first, second, part.within)
+        for part, first, second in zip(
             plan.parts,
             _bars(predicted, plan.predicted, whole),
             _bars(measured, plan.measured or 0, whole),
