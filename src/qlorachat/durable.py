@@ -21,6 +21,7 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield folder
         for path in (*folder.rglob("*"), folder):
+            _share(path)
             sync(path)
         if replace and target.exists():
             old = Path(mkdtemp(prefix=f"{target.name}{UNFINISHED}", dir=target.parent))
@@ -51,12 +52,20 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
             file.close()  # Windows renames no open file
+            _share(temporary)
             temporary.replace(path)
         except BaseException:
             file.close()
             temporary.unlink(missing_ok=True)
             raise
     sync(path.parent)
+
+
+def _share(path: Path) -> None:
+    """Allow what the process allows new files: mkdtemp and safetensors allow their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def sweep(folder: Path, name: str = "*") -> None:

@@ -129,9 +129,17 @@ class Trainer:
             self._chats.remember(self.history.chats)
 
     def load_best(self) -> None:
-        """Take the weights of the best evaluation, where there is one."""
-        if self.best_step:
-            set_peft_model_state_dict(self._model.peft, self._saves.at(self.best_step).weights())
+        """Take the weights of the best evaluation, where there is one; SaveFailed if they are not
+        there, since the disk was full at that moment."""
+        if not self.best_step:
+            return
+        best = self._saves.at(self.best_step)
+        if not best.folder.exists():
+            raise SaveFailed(
+                f"The best checkpoint, {best.folder}, could not be written when it was made: leave "
+                "out early_stopping to take the last step's weights."
+            )
+        set_peft_model_state_dict(self._model.peft, best.weights())
 
     def run(self, stop: StopRequest) -> None:
         """Train to the end, or until `stop`; both leave a checkpoint of the last whole step.
