@@ -26,8 +26,13 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if replace and target.exists():
             old = Path(mkdtemp(prefix=f"{target.name}{UNFINISHED}", dir=target.parent))
             target.rename(old / target.name)
-            folder.rename(target)
-            shutil.rmtree(old)
+            try:
+                folder.rename(target)
+            except BaseException:
+                (old / target.name).rename(target)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             folder.rename(target)
         sync(target.parent)

@@ -22,6 +22,10 @@ def test_epochs_take_the_place_of_a_recipes_steps() -> None:
     assert TrainConfig(recipe="zundamon", epochs=2, max_steps=7).max_steps == 7
 
 
+def test_only_what_was_said_counts_as_said() -> None:
+    assert TrainConfig(recipe="zundamon", rank=8).model_fields_set == {"recipe", "rank"}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_valid(recipe: str) -> None:
     assert check(TrainConfig, {"recipe": recipe}).recipe == recipe
@@ -43,6 +47,8 @@ def test_a_new_line_may_be_written_as_on_a_command_line() -> None:
         ({"recipe": "zunda"}, "recipe"),
         ({"rnak": 3}, "did you mean `rank`"),
         ({"rank": 0}, "rank"),
+        ({"epochs": float("inf")}, "epochs"),
+        ({"seed": 10**22}, "seed"),
         ({"eval_share": 1.0}, "eval_share"),
     ],
 )

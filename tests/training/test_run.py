@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qlorachat import ChatEngine
@@ -164,6 +165,41 @@ def test_an_existing_folder_is_not_overwritten(run: Trains, settings: dict[str, 
         run()
 
 
+def test_what_overwrite_leaves_alone(run: Trains, settings: dict[str, Any]) -> None:
+    foreign = Path(settings["output"]) / "checkpoints" / "precious.pt"
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    with pytest.raises(ConfigError, match="no run's folder"):
+        run(overwrite=True)
+    assert foreign.exists()
+
+
+def test_a_mistake_costs_no_earlier_run(run: Trains) -> None:
+    result = run()
+    before = sorted(result.output.rglob("*"))
+    for mistake in ({"scheduler": "typo"}, {"init_adapter": str(result.output)}):
+        with pytest.raises(ConfigError):
+            run(overwrite=True, **mistake)
+    assert sorted(result.output.rglob("*")) == before
+
+
+def test_damaged_checkpoints(run: Trains) -> None:
+    result = run(early_stopping=9)
+    checkpoints = result.output / "checkpoints"
+    before = (result.output / WEIGHTS).read_bytes()
+    best = _history(result).best
+    assert best is not None
+    for step in {best.step, 6}:
+        weights = checkpoints / f"step-{step:06}" / WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(QlorachatError, match=r"best checkpoint, .* is damaged"):
+        Saves(checkpoints, AdapterCard(), keep=2).whole(best.step)
+    again = run(resume=True, early_stopping=9)  # from the whole one before, over the damaged one
+    assert again.steps == 6
+    assert (again.output / WEIGHTS).read_bytes() == before
+    assert list(checkpoints.glob("damaged-*"))
+
+
 def test_resuming_a_finished_run_changes_nothing(run: Trains) -> None:
     first = run()
     before = (first.output / "adapter_model.safetensors").read_bytes()
@@ -181,12 +217,18 @@ def test_a_resumed_run_keeps_its_settings(run: Trains, screen: Console) -> None:
     assert resumed.steps == 6
 
 
+def test_output_below_a_file(run: Trains, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        run(output=str(tmp_path / "file" / "below"))
+
+
 def test_changed_data_is_not_resumed(run: Trains, tmp_path: Path, rows: Path) -> None:
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(rows.read_bytes())
     run(data=str(copy))
     copy.write_bytes(rows.read_bytes()[:-1] + b" \n")
-    with pytest.raises(ConfigError, match="has changed"):
+    with pytest.raises(ConfigError, match="data has changed"):
         run(data=str(copy), resume=True)
 
 
@@ -201,6 +243,37 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good(
     with pytest.raises(TrainingFailed, match=r"loss is .*last good checkpoint is .*step-0000"):
         run(learning_rate=1e30, warmup=0.5, max_grad_norm=1e30, save_steps=1, max_steps=20)
     assert not (Path(settings["output"]) / "adapter_model.safetensors").exists()
+
+
+def test_a_bad_row_costs_no_sample_chat(run: Trains, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    outputs = ["One.", "Two.", "Three.", "Four."]
+    questions = ["<|im_end|>", "x" * 300, "Second?", "Third?"]
+    lines = [{"instruction": q, "output": o} for q, o in zip(questions, outputs, strict=True)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    result = run(data=str(data), eval_share=0.0, max_length=200)
+    assert {chat.prompt for chat in _history(result).chats} == {"<|im_end|>", "Second?", "Third?"}
+
+
+def test_an_evaluation_that_is_no_number_stops(run: Trains, tmp_path: Path) -> None:
+    first = run()
+    broken = load_file(first.output / WEIGHTS)
+    huge = {name: tensor.float() * 3e38 for name, tensor in broken.items()}
+    folder = tmp_path / "broken"
+    shutil.copytree(first.output, folder, ignore=shutil.ignore_patterns("qlorachat.json"))
+    save_file(huge, folder / WEIGHTS)
+    with pytest.raises(TrainingFailed, match="evaluation's loss is"):
+        run(output=str(tmp_path / "second"), init_adapter=str(folder))
+
+
+def test_doras_magnitudes_keep_their_bits(run: Trains) -> None:
+    tensors = load_file(run(dora=True).output / WEIGHTS)
+    kinds = {"magnitude" in name: tensor.dtype for name, tensor in tensors.items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_the_first_step_of_a_short_run_learns(run: Trains) -> None:
+    assert _history(run(max_steps=1)).steps[0].learning_rate == 1e-2
 
 
 def test_early_stopping_takes_the_best(run: Trains) -> None:
@@ -232,6 +305,7 @@ def test_going_on_from_an_adapter(run: Trains, tmp_path: Path) -> None:
         {"group_by_length": True},
         {"rslora": True},
         {"dora": True},
+        {"recipe": "zundamon", "rank": 4, "alpha": 4.0},
         {"targets": ["q_proj", "v_proj"]},
         {"train_on_prompt": True},
         {"gradient_checkpointing": True, "dropout": 0.1},
@@ -255,6 +329,10 @@ def test_every_way_to_train(run: Trains, changes: dict[str, Any]) -> None:
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"max_length": 9000}, "context of .* holds 256"),
         ({"targets": ["nose"]}, "no linear layer named nose"),
+        ({"targets": ["embed_tokens"]}, "no linear layer named embed_tokens"),
+        ({"scheduler": "reduce_lr_on_plateau"}, "scheduler reduce_lr_on_plateau"),
+        ({"early_stopping": 1, "eval_share": 0.0}, "early_stopping needs rows"),
+        ({"device": "cuda:99"}, "CUDA|build for the CPU"),
         ({"optimizer": "adamx"}, "optimizer adamx"),
         ({"scheduler": "cosign"}, "scheduler cosign"),
         ({"template": "llama3"}, "llama3"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from qlorachat.adapters import AdapterCard
+from qlorachat.adapters import AdapterCard, inspect_adapter
 from qlorachat.training.saves import Saves
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
@@ -90,7 +90,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny: Path, rows: Path, tmp_path: Pa
     told = nurse(settings=settings(tiny, rows, output), interrupt_after=0.3)
     assert told["codes"] == [3]
     assert f"qlorachat train --resume --output {output}" in Path(f"{output}.log").read_text("utf-8")
+    assert "Stopping:" in Path(f"{output}.log").read_text("utf-8")
     assert newest(output) is not None
+    assert "unfinished training, go on with" in str(inspect_adapter(output))
     assert not (output / "adapter_model.safetensors").exists()
 
 

@@ -102,6 +102,8 @@ def require_config(folder: Path) -> Path:
 
 
 def _elsewhere(folder: Path) -> str:
+    if (folder / "checkpoints" / "run.json").exists():
+        return f": an unfinished training, go on with `qlorachat train --resume --output {folder}`"
     inner = sorted(config.parent for config in folder.glob(f"*/{CONFIG}"))
     return f": name {inner[-1]}" if inner else ": name the folder that PEFT's save_pretrained wrote"
 

@@ -159,7 +159,8 @@ def _file_values(arguments: Sequence[str], skip: set[str]) -> dict[str, Any]:
         raise ConfigError(f"The config file {path} can't be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"The config file {path} is no TOML: {error}.") from None
-    return {name: value for name, value in values.items() if name not in skip}
+    named = {name.replace("-", "_"): value for name, value in values.items()}
+    return {name: value for name, value in named.items() if name not in skip}
 
 
 def _shortcuts(frontends: dict[str, Frontend[Any]]) -> dict[str, str | list[str]]:

@@ -1,15 +1,63 @@
 """Sample chats: fixed prompts and seed, the base beside the adapter as it stands."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
-from qlorachat.protocols import Tokenizer
-from qlorachat.templates import Prompt
+from qlorachat.checkpoints import Checkpoint
+from qlorachat.errors import ConfigError
+from qlorachat.messages import Message
+from qlorachat.protocols import Template, Tokenizer
+from qlorachat.templates import Prompt, build_prompt
 from qlorachat.tokens import SamplingParams
+from qlorachat.training.config import TrainConfig
+from qlorachat.training.data.rows import Row
 from qlorachat.training.history import Chat
 from qlorachat.training.model import TrainedModel
+
+SHOWN_CHATS = 3  # questions, where none are given
+
+
+def sample_chats(
+    rows: Sequence[Row],
+    checkpoint: Checkpoint,
+    template: Template,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+) -> "SampleChats | None":
+    """About the prompts asked for, else the first rows' questions that leave room for an answer.
+
+    ConfigError and DialogError for prompts that cannot be asked.
+    """
+    if not config.chat_tokens:
+        return None
+    dialogs = _asked(config) if config.chat_prompts else [_question(row) for row in rows]
+    chosen: dict[str, Prompt] = {}
+    for dialog in dialogs:
+        prompt = build_prompt(template, dialog, tokenizer, tags=config.tags)
+        if len(prompt.ids) + config.chat_tokens <= checkpoint.context_length:
+            chosen[dialog[-1].content] = prompt
+        elif config.chat_prompts:
+            raise ConfigError(
+                f"A prompt in {config.chat_prompts} leaves no room for {config.chat_tokens} tokens "
+                f"of answer in the context of {checkpoint.context_length}: shorten it.",
+                param="chat_prompts",
+            )
+        if len(chosen) == SHOWN_CHATS and not config.chat_prompts:
+            break
+    if not chosen:
+        return None
+    return SampleChats(
+        tuple(chosen),
+        tuple(chosen.values()),
+        tokenizer,
+        stop_ids=checkpoint.stop_ids,
+        sampling=checkpoint.generation,
+        max_tokens=config.chat_tokens,
+        seed=config.seed,
+    )
 
 
 class SampleChats:
@@ -79,3 +127,28 @@ class SampleChats:
     def _text(self, ids: Sequence[int]) -> str:
         end = next((place for place, id_ in enumerate(ids) if id_ in self._stop_ids), len(ids))
         return self._tokenizer.decode(ids[:end])
+
+
+def _asked(config: TrainConfig) -> list[tuple[Message, ...]]:
+    """The dialogs of the file chat_prompts; ConfigError."""
+    assert config.chat_prompts is not None
+    try:
+        lines = Path(config.chat_prompts).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The prompts of the sample chats cannot be read from {config.chat_prompts} ({error}): "
+            "give a text file in UTF-8 with one prompt a line.",
+            param="chat_prompts",
+        ) from None
+    system = (Message("system", config.system),) if config.system else ()
+    if dialogs := [(*system, Message("user", line.strip())) for line in lines if line.strip()]:
+        return dialogs
+    raise ConfigError(
+        f"{config.chat_prompts} holds no prompt: write one a line.", param="chat_prompts"
+    )
+
+
+def _question(row: Row) -> tuple[Message, ...]:
+    """A row up to its first user message."""
+    first = next(place for place, each in enumerate(row.messages) if each.role == "user")
+    return row.messages[: first + 1]

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from qlorachat.config import BaseModelConfig, Tags
 
@@ -86,7 +86,9 @@ class TrainConfig(BaseModelConfig):
     neftune: float | None = Field(None, gt=0, description="noise on embeddings (NEFTune's alpha)")
 
     # The steps
-    epochs: float = Field(3.0, gt=0, description="how often each sample is seen")
+    epochs: float = Field(
+        3.0, gt=0, allow_inf_nan=False, description="how often each sample is seen"
+    )
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, in place of epochs")
     micro_batch: int = Field(4, ge=1, description="rows in one pass")
     accumulation: int = Field(2, ge=1, description="passes in one optimizer step")
@@ -103,7 +105,7 @@ class TrainConfig(BaseModelConfig):
     gradient_checkpointing: bool | None = Field(
         None, description="compute layers twice to save memory; default: on a card"
     )
-    seed: int = Field(42, ge=0, description="of order, dropout, noise and new weights")
+    seed: int = Field(42, ge=0, lt=2**63, description="of order, dropout, noise and new weights")
 
     # What is kept and shown
     save_steps: int = Field(50, ge=1, description="steps between checkpoints")
@@ -120,16 +122,18 @@ class TrainConfig(BaseModelConfig):
     )
     chat_tokens: int = Field(64, ge=0, description="the longest sample answer; 0: no sample chats")
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in_recipe(cls, values: Any) -> Any:
-        """What the recipe says, where nobody said otherwise; a wrong name fails its own check."""
+    def _fill_in_recipe(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """What the recipe says, where nobody said otherwise; it does not count as said."""
         if not isinstance(values, dict):
-            return values
+            return handler(values)
         recipe = dict(RECIPES.get(values.get("recipe", "default"), {}))
         if "epochs" in values:
             recipe.pop("max_steps", None)  # it would take their place
-        return {**recipe, **values}
+        config = handler({**recipe, **values})
+        config.__pydantic_fields_set__.intersection_update(values)
+        return config
 
     @field_validator("separator")
     @classmethod

@@ -1,5 +1,6 @@
 """The model that trains: a frozen 4-bit base with float32 LoRA weights on its linear layers."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -114,7 +115,10 @@ def attach_adapter(
 
 def _with_lora(loaded: LoadedModel, checkpoint: Checkpoint, settings: LoraConfig) -> PeftModel:
     settings._register_custom_module({Linear4bit: LoraLinear4bit})
-    peft = get_peft_model(loaded.model, settings)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for an attribute that is deprecated there
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        peft = get_peft_model(loaded.model, settings)
     # PEFT has put the folder's path there, which means nothing on another machine
     settings.base_model_name_or_path = checkpoint.name
     settings.revision = checkpoint.revision
@@ -123,11 +127,11 @@ def _with_lora(loaded: LoadedModel, checkpoint: Checkpoint, settings: LoraConfig
 
 def _lora_config(checkpoint: Checkpoint, config: TrainConfig) -> LoraConfig:
     shapes = linear_shapes(checkpoint)
-    names = {module.rpartition(".")[2] for module in shapes}
+    names = {module.rpartition(".")[2] for module in shapes} - {"embed_tokens"}
     if unknown := [target for target in config.targets or () if target not in names]:
         raise ConfigError(
             f"`{checkpoint.name}` has no linear layer named {unknown[0]}: choose among "
-            f"{', '.join(sorted(names - {'embed_tokens'}))}.",
+            f"{', '.join(sorted(names))}.",
             param="targets",
         )
     return LoraConfig(

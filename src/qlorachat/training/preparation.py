@@ -1,27 +1,25 @@
 """Everything a run needs to know before the base's weights are read."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlorachat.adapters.config import read_config as read_adapter_config
 from qlorachat.checkpoints import Checkpoint, locate, read_tokenizer
 from qlorachat.config import DEMO_MODEL
 from qlorachat.errors import ConfigError
-from qlorachat.messages import Message
 from qlorachat.plugins import PluginHost
 from qlorachat.protocols import Template, Tokenizer
-from qlorachat.templates import TemplateChoice, build_prompt
-from qlorachat.training.chats import SampleChats
+from qlorachat.templates import TemplateChoice
+from qlorachat.training.chats import SampleChats, sample_chats
 from qlorachat.training.config import TrainConfig
 from qlorachat.training.data.batches import MicroBatch, plan_evaluation, plan_schedule
-from qlorachat.training.data.rows import Row, Rows, read_rows
+from qlorachat.training.data.rows import BadRow, Row, Rows, read_rows
 from qlorachat.training.data.samples import Samples, build_samples
 from qlorachat.training.trainer import Data
 
 MOST_HELD_OUT = 256  # rows; more tell little and cost each evaluation
-SHOWN_CHATS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +32,20 @@ class Preparation:
     template: Template
     init_adapter: Path | None
     rows: Rows
+    fingerprint: str  # of all data
     samples: Samples
     held_out: Samples
     data: Data
     chats: SampleChats | None
+
+    def check_unchanged(self, fingerprint: str | None) -> None:
+        """ConfigError for a run that began with other data; None is a new run."""
+        if fingerprint not in (None, self.fingerprint):
+            raise ConfigError(
+                "The data has changed since the run began: bring its old contents back, or begin "
+                "anew with --overwrite.",
+                param="data",
+            )
 
     @property
     def planned(self) -> TrainConfig:
@@ -94,15 +102,25 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
         config.init_adapter, offline=config.offline
     )
     rows = _read(data, config)
-    learned, held_out = _split(rows.rows, config)
+    apart = _read(config.eval_data, config) if config.eval_data else None
+    learned, held_out = (rows.rows, apart.rows) if apart else _split(rows.rows, config)
     samples = _build(learned, template, tokenizer, config)
     judged = _build(held_out, template, tokenizer, config)
+    if apart:
+        judged = replace(judged, bad=tuple(_of(apart.name, (*apart.bad, *judged.bad))))
+    if config.early_stopping and not judged.samples:
+        raise ConfigError(
+            "early_stopping needs rows to evaluate on, and there are none: give --eval-data or a "
+            "larger --eval-share.",
+            param="early_stopping",
+        )
     if not samples.samples:
         first = (*rows.bad, *samples.bad)[0]
         raise ConfigError(
             f"{data} has no row to learn; the first, line {first.line}: {first.reason}.",
             param="data",
         )
+    usable = {sample.line for sample in (judged.samples or samples.samples)}
     planned = Data(
         samples=samples.samples,
         schedule=plan_schedule([len(each.ids) for each in samples.samples], config),
@@ -120,7 +138,14 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
         samples=samples,
         held_out=judged,
         data=planned,
-        chats=_chats(held_out or learned, checkpoint, template, tokenizer, config),
+        fingerprint=" ".join(each.sha256 for each in (rows, apart) if each),
+        chats=sample_chats(
+            [row for row in (held_out or learned) if row.line in usable],
+            checkpoint,
+            template,
+            tokenizer,
+            config,
+        ),
     )
 
 
@@ -145,13 +170,16 @@ def _read(reference: str, config: TrainConfig) -> Rows:
 
 
 def _split(rows: Sequence[Row], config: TrainConfig) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Rows to learn, and rows to be judged by: a file's, else some of the data's own."""
-    if config.eval_data is not None:
-        return rows, _read(config.eval_data, config).rows
+    """Rows to learn, and some held out to be judged by."""
     count = min(round(len(rows) * config.eval_share), MOST_HELD_OUT, len(rows) - 1)
     places = set(random.Random(config.seed).sample(range(len(rows)), max(0, count)))  # noqa: S311
     held_out = [row for place, row in enumerate(rows) if place in places]
     return [row for place, row in enumerate(rows) if place not in places], held_out
+
+
+def _of(name: str, bad: Iterable[BadRow]) -> Iterator[BadRow]:
+    """Bad rows of another file than the data's."""
+    return (BadRow(row.line, f"of {name}: {row.reason}") for row in bad)
 
 
 def _build(
@@ -165,49 +193,3 @@ def _build(
         train_on_prompt=config.train_on_prompt,
         tags=config.tags,
     )
-
-
-def _chats(
-    rows: Sequence[Row],
-    checkpoint: Checkpoint,
-    template: Template,
-    tokenizer: Tokenizer,
-    config: TrainConfig,
-) -> SampleChats | None:
-    """The questions asked, else the first rows' own."""
-    if not config.chat_tokens:
-        return None
-    dialogs = [_question(row) for row in rows[:SHOWN_CHATS]]
-    if config.chat_prompts is not None:
-        system = (Message("system", config.system),) if config.system else ()
-        prompts = _read_prompts(Path(config.chat_prompts))
-        dialogs = [(*system, Message("user", prompt)) for prompt in prompts]
-    return SampleChats(
-        [dialog[-1].content for dialog in dialogs],
-        [build_prompt(template, dialog, tokenizer, tags=config.tags) for dialog in dialogs],
-        tokenizer,
-        stop_ids=checkpoint.stop_ids,
-        sampling=checkpoint.generation,
-        max_tokens=config.chat_tokens,
-        seed=config.seed,
-    )
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"The prompts of the sample chats cannot be read from {path} ({error}): give a text "
-            "file in UTF-8 with one prompt a line.",
-            param="chat_prompts",
-        ) from None
-    if prompts := [line.strip() for line in lines if line.strip()]:
-        return prompts
-    raise ConfigError(f"{path} holds no prompt: write one a line.", param="chat_prompts")
-
-
-def _question(row: Row) -> tuple[Message, ...]:
-    """A row up to its first user message."""
-    first = next(place for place, each in enumerate(row.messages) if each.role == "user")
-    return row.messages[: first + 1]

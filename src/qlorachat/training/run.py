@@ -1,6 +1,5 @@
 """`train`: from a data set to an adapter that ChatEngine serves; the order of a run's stages."""
 
-import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,22 +18,21 @@ from qlorachat.config import check
 from qlorachat.errors import ConfigError
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.training.config import TrainConfig
+from qlorachat.training.data.batches import Schedule
 from qlorachat.training.data.preview import preview
 from qlorachat.training.memory.limits import cap_process, check_fits, memory_limit, what_would_fit
 from qlorachat.training.memory.measure import Measurement, measure
-from qlorachat.training.memory.plan import MemoryPlan, predict
+from qlorachat.training.memory.plan import MemoryPlan, optimizer_name, predict
 from qlorachat.training.memory.shape import ModelShape
 from qlorachat.training.model import TrainedModel, attach_adapter, load_base
 from qlorachat.training.preparation import Preparation, prepare
 from qlorachat.training.run_folder import RunFolder
 from qlorachat.training.saves import Saves
 from qlorachat.training.stopping import stop_on_interrupt
-from qlorachat.training.trainer import Trainer, make_optimizer
+from qlorachat.training.trainer import Trainer, make_optimizer, unpaged
 from qlorachat.training.watchers.progress import Progress
 from qlorachat.training.watchers.reporter import Reporter, versions
 from qlorachat.training.watchers.tensorboard import TensorBoard
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +75,15 @@ def train(
     asked = config or check(TrainConfig, options)
     screen = console or Console(stderr=True)
     folder = RunFolder(Path(asked.output))
-    recorded = None
+    fingerprint = None
     if resume:
-        asked, recorded = folder.resumed(asked)
+        asked, fingerprint = folder.resumed(asked)
     elif not dry_run:
-        folder.check_free(overwrite=overwrite)
+        folder.check_free(asked, overwrite=overwrite)
+    device = resolve_device(asked.device)
+    limit = memory_limit(asked.memory, device)
     prepared = prepare(asked, plugins or create_manager())
-    if recorded not in (None, prepared.rows.sha256):
-        raise ConfigError(
-            f"{asked.data} has changed since the run in {folder.output} began: bring its old "
-            "contents back, or begin anew with --overwrite.",
-            param="data",
-        )
+    prepared.check_unchanged(fingerprint)
     screen.print(
         preview(
             prepared.rows,
@@ -98,22 +93,36 @@ def train(
             held_out=prepared.held_out,
         )
     )
-    loaded, model, measurement = _open(prepared, screen)
+    loaded, model, measurement = _open(prepared, screen, device, limit)
     screen.print(measurement.plan)
+    card = _card(prepared, loaded)
+    saves = Saves(folder.checkpoints, card, keep=prepared.config.keep)
+    trainer = Trainer(model, prepared.data, prepared.config, saves, prepared.chats)
     if dry_run:
         return None
-    if resume:
-        folder.sweep()
-    else:
-        folder.begin(asked, prepared.rows.sha256)
-    return _run(prepared, loaded, model, measurement, folder, screen)
+    if not resume:
+        folder.begin(asked, prepared.fingerprint, overwrite=overwrite)
+    elif save := saves.newest():
+        trainer.resume(save)
+    folder.sweep()
+    reporter = Reporter(folder, prepared, loaded, measurement.plan)
+    _run(trainer, folder, reporter, screen, prepared.data.schedule)
+    if trainer.finished:
+        trainer.choose()
+        folder.finish(model.peft, card)
+    reporter.end(trainer.history, finished=trainer.finished)
+    result = _result(folder, trainer)
+    screen.print(_last_words(result, trainer.best_step, prepared.config), soft_wrap=True)
+    return result
 
 
-def _open(prepared: Preparation, screen: Console) -> tuple[LoadedModel, TrainedModel, Measurement]:
-    """The model, once the plan says that it fits; the plan then measured."""
+def _open(
+    prepared: Preparation, screen: Console, device: torch.device, limit: int | None
+) -> tuple[LoadedModel, TrainedModel, Measurement]:
+    """The model, once the plan says that it fits into `limit` bytes; the plan then measured."""
     config = prepared.config
-    device = resolve_device(config.device)
-    limit = memory_limit(config.memory, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton's kernels run on the current one
     shape = ModelShape.of(prepared.checkpoint, config.quantization)
     asked, longest, kind = prepared.planned, prepared.longest_row, device.type
     plan = predict(shape, asked, longest=longest, device_type=kind, limit=limit)
@@ -156,12 +165,22 @@ def _measure(
 def _optimizer_bytes(
     parameters: Sequence[torch.nn.Parameter], config: TrainConfig, device: torch.device
 ) -> int:
-    """What the optimizer keeps, by a step that changes nothing: of rate 0, on zero gradients."""
-    idle = config.model_copy(update={"learning_rate": 0.0})
+    """What the optimizer keeps, by a step that changes nothing: of rate 0, on zero gradients.
+
+    Paged states count as others do; bitsandbytes would not free trial ones.
+    """
+    name = unpaged(optimizer_name(config, device.type))
+    idle = config.model_copy(update={"learning_rate": 0.0, "optimizer": name})
     optimizer = make_optimizer(parameters, idle, device)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"The optimizer {name} cannot be used on {device}: {reason}", param="optimizer"
+        ) from error
     return sum(
         value.nbytes
         for state in optimizer.state.values()
@@ -171,41 +190,14 @@ def _optimizer_bytes(
 
 
 def _run(
-    prepared: Preparation,
-    loaded: LoadedModel,
-    model: TrainedModel,
-    measurement: Measurement,
-    folder: RunFolder,
-    screen: Console,
-) -> TrainResult:
-    """Train what is left of the run, then write the adapter, if it came to its end."""
-    config = prepared.config
-    card = _card(prepared, loaded)
-    saves = Saves(folder.checkpoints, card, keep=config.keep)
-    save = saves.newest()
-    tensorboard = TensorBoard(
-        folder.checkpoints / "tensorboard", first_step=save.step if save else 0
-    )
-    reporter = Reporter(folder, prepared, loaded, measurement.plan)
-    schedule = prepared.data.schedule
+    trainer: Trainer, folder: RunFolder, reporter: Reporter, screen: Console, schedule: Schedule
+) -> None:
+    """Train what is left of the run, before everybody's eyes."""
+    done = len(trainer.history.steps)
+    tensorboard = TensorBoard(folder.checkpoints / "tensorboard", done=done)
     progress = Progress(screen, total_steps=len(schedule.steps), tokens=schedule.tokens)
-    watchers = (progress, tensorboard, reporter)
-    trainer = Trainer(model, prepared.data, config, saves, watchers, prepared.chats)
-    if save is not None:
-        trainer.resume(save)
-    with progress, closing(tensorboard), stop_on_interrupt() as stop:
-        trainer.run(stop)
-    if trainer.finished:
-        if config.early_stopping is not None:
-            trainer.load_best()
-        folder.finish(model.peft, card)
-    try:
-        reporter.write(trainer.history, finished=trainer.finished)
-    except OSError as error:
-        log.warning("the report %s could not be written: %s", folder.report, error)
-    result = _result(folder, trainer)
-    screen.print(_last_words(result, trainer.best_step, config), soft_wrap=True)
-    return result
+    with progress, closing(tensorboard), stop_on_interrupt(progress.note) as stop:
+        trainer.run(stop, (progress, tensorboard, reporter))
 
 
 def _card(prepared: Preparation, loaded: LoadedModel) -> AdapterCard:
@@ -240,7 +232,8 @@ def _last_words(result: TrainResult, best_step: int, config: TrainConfig) -> Tex
     """What there is now and what to type next."""
     if not result.finished:
         return Text(f"Saved. Go on with: qlorachat train --resume --output {result.output}")
-    chosen = f" (of step {best_step}, the best)" if config.early_stopping is not None else ""
+    best = config.early_stopping is not None and best_step
+    chosen = f" (of step {best_step}, the best)" if best else ""
     return Text(
         f"The adapter{chosen} is in {result.output}, the report in {result.report}.\n"
         f"Chat with it: qlorachat chat --adapter {result.output}"

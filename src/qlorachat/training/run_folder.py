@@ -39,29 +39,51 @@ class RunFolder:
     def _record(self) -> Path:
         return self.checkpoints / "run.json"
 
-    def check_free(self, *, overwrite: bool) -> None:
+    def check_free(self, config: TrainConfig, *, overwrite: bool) -> None:
         """ConfigError when something is there already and may not be replaced."""
-        if self.output.is_file():
-            raise ConfigError(f"{self.output} is a file: give --output a folder.", param="output")
-        if overwrite or not self.output.exists() or not any(self.output.iterdir()):
+        if taken := next((p for p in (self.output, *self.output.parents) if p.is_file()), None):
+            raise ConfigError(f"{taken} is a file: give --output a folder.", param="output")
+        if config.init_adapter and Path(config.init_adapter).resolve().is_relative_to(
+            self.output.resolve()
+        ):
+            raise ConfigError(
+                f"The initial adapter is in {self.output}, whose contents the run replaces: choose "
+                "another --output.",
+                param="init_adapter",
+            )
+        if not self.output.exists() or not any(self.output.iterdir()):
             return
-        advice = "go on with its run by --resume, " if self._record.exists() else ""
-        raise ConfigError(
-            f"The folder {self.output} exists: {advice}choose another --output, or replace it "
-            "with --overwrite.",
-            param="output",
-        )
+        if not overwrite:
+            advice = "go on with its run by --resume, " if self._record.exists() else ""
+            raise ConfigError(
+                f"The folder {self.output} exists: {advice}choose another --output, or replace it "
+                "with --overwrite.",
+                param="output",
+            )
+        if self.checkpoints.exists() and not self._record.exists():
+            raise ConfigError(
+                f"{self.checkpoints} is no run's folder, so --overwrite does not replace it: "
+                "choose another --output, or move it away.",
+                param="output",
+            )
 
-    def begin(self, config: TrainConfig, data_sha256: str) -> None:
-        """Make the folder and note the run in it; what an earlier run left there goes."""
-        if self.checkpoints.exists():
-            shutil.rmtree(self.checkpoints)
-        self.checkpoints.mkdir(parents=True)
-        record = {"data_sha256": data_sha256, "config": config.model_dump(exclude_unset=True)}
-        write_whole(self._record, json.dumps(record, ensure_ascii=False, indent=1))
+    def begin(self, config: TrainConfig, fingerprint: str, *, overwrite: bool) -> None:
+        """Make the folder and note the run in it; with `overwrite` an earlier run's part goes."""
+        try:
+            if overwrite and self._record.exists():
+                shutil.rmtree(self.checkpoints)
+            self.checkpoints.mkdir(parents=True)
+            record = {"data": fingerprint, "config": config.model_dump(exclude_unset=True)}
+            write_whole(self._record, json.dumps(record, ensure_ascii=False, indent=1))
+        except OSError as error:
+            raise ConfigError(
+                f"The folder {self.checkpoints} cannot be made ({error.strerror or error}): choose "
+                "another --output.",
+                param="output",
+            ) from error
 
     def resumed(self, config: TrainConfig) -> tuple[TrainConfig, str]:
-        """The settings of the run that is there, and its data's hash.
+        """The settings of the run that is there, and its data's fingerprint.
 
         ConfigError when there is none, or when `config` asks for something else than it.
         """
@@ -81,7 +103,7 @@ class RunFolder:
                     param=name,
                 )
         said = {name: getattr(config, name) for name in config.model_fields_set & _FREE}
-        return check(TrainConfig, {**record["config"], **said}), record["data_sha256"]
+        return check(TrainConfig, {**record["config"], **said}), record["data"]
 
     def sweep(self) -> None:
         """Remove what a killed part of the run left half written."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
 _HISTORY = "history.json"
 _CHECKSUMS = "checksums.json"
+_DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
 
 
 class SaveFailed(QlorachatError):
@@ -70,12 +71,11 @@ class Saves:
 
         SaveFailed when the disk doesn't take it.
         """
-        target = self._folder / f"step-{step:06}"
-        if target.exists():
+        target = self.at(step).folder
+        if _is_whole(target):
             return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with whole_folder(target) as folder:
+            with whole_folder(target, replace=True) as folder:
                 write_adapter(folder, peft, torch.float32, self._card)
                 write_state(folder, dict(state))
                 (folder / _HISTORY).write_text(history.to_json(), "utf-8")
@@ -89,26 +89,40 @@ class Saves:
         self._delete_old(best)
 
     def newest(self) -> Save | None:
-        """The newest whole checkpoint; a damaged one is named and passed over."""
-        for checkpoint in sorted(self._all(), key=lambda each: -each.step):
-            if _is_whole(checkpoint.folder):
-                return checkpoint
-            log.warning("%s is damaged and is passed over", checkpoint.folder)
+        """The newest whole checkpoint; damaged ones are named and set aside."""
+        for save in self._all():
+            if _is_whole(save.folder):
+                return save
+            aside = save.folder.with_name(f"{_DAMAGED}{save.folder.name}")
+            log.warning("the checkpoint %s is damaged: it is now %s", save.folder, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            save.folder.rename(aside)
         return None
+
+    def whole(self, step: int) -> Save:
+        """The checkpoint of a step; SaveFailed if it is damaged or could not be written then."""
+        save = self.at(step)
+        if not _is_whole(save.folder):
+            raise SaveFailed(
+                f"The best checkpoint, {save.folder}, is damaged or was never written: the others "
+                f"in {self._folder} are adapters too, take one of them."
+            )
+        return save
 
     def at(self, step: int) -> Save:
         """The checkpoint of a step."""
         return Save(self._folder / f"step-{step:06}", step)
 
-    def _all(self) -> Iterator[Save]:
-        for folder in self._folder.glob("step-*"):
-            if UNFINISHED not in folder.name:
-                yield Save(folder, int(folder.name.removeprefix("step-")))
+    def _all(self) -> list[Save]:
+        """The newest first."""
+        names = (folder.name for folder in self._folder.glob("step-*"))
+        steps = [int(name.removeprefix("step-")) for name in names if UNFINISHED not in name]
+        return [self.at(step) for step in sorted(steps, reverse=True)]
 
     def _delete_old(self, best: int) -> None:
-        for checkpoint in sorted(self._all(), key=lambda each: -each.step)[self._keep :]:
-            if checkpoint.step != best:
-                shutil.rmtree(checkpoint.folder, ignore_errors=True)
+        for save in self._all()[self._keep :]:
+            if save.step != best:
+                shutil.rmtree(save.folder, ignore_errors=True)
 
 
 def write_adapter(folder: Path, peft: PeftModel, dtype: torch.dtype, card: AdapterCard) -> None:
@@ -117,7 +131,7 @@ def write_adapter(folder: Path, peft: PeftModel, dtype: torch.dtype, card: Adapt
     # without the embedding's flag PEFT would ask the hub for the base's config
     tensors = get_peft_model_state_dict(peft, state_dict=trained, save_embedding_layers=False)
     save_file(
-        {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in tensors.items()},
+        {key: _stored(key, tensor, dtype) for key, tensor in tensors.items()},
         folder / WEIGHTS,
         metadata={"format": "pt"},
     )
@@ -126,6 +140,12 @@ def write_adapter(folder: Path, peft: PeftModel, dtype: torch.dtype, card: Adapt
     config.inference_mode = True
     config.save_pretrained(folder)
     write_card(folder, card)
+
+
+def _stored(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # DoRA's magnitudes are large and move little: 16 bit would swallow what they learned
+    kept = torch.float32 if "lora_magnitude_vector" in key else dtype
+    return tensor.detach().to("cpu", kept).contiguous()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,8 +18,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[StopRequest]:
-    """A request that SIGINT and SIGTERM make; off the main thread only `request` does."""
+def stop_on_interrupt(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """A request that SIGINT and SIGTERM make; off the main thread only `request` does.
+
+    `say` tells the user that it was heard.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -29,6 +32,7 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         if stop.requested:
             raise KeyboardInterrupt
         stop.request()
+        say("Stopping: this pass ends, then all is saved. Ctrl-C once more ends at once.")
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in signals}

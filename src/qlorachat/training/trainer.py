@@ -17,6 +17,7 @@ import psutil
 import torch
 from peft import set_peft_model_state_dict
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer as TransformersTrainer
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -27,12 +28,10 @@ from qlorachat.training.config import TrainConfig
 from qlorachat.training.data.batches import MicroBatch, Schedule, collate
 from qlorachat.training.data.samples import Sample
 from qlorachat.training.history import Chat, Evaluation, History, Step
+from qlorachat.training.memory.plan import optimizer_name
 from qlorachat.training.model import TrainedModel
 from qlorachat.training.saves import Save, SaveFailed, Saves, random_state, set_random_state
 from qlorachat.training.stopping import StopRequest
-
-# what is paged between a card and the host, where there is no card
-_ON_CPU = {"paged_adamw": "adamw_torch", "paged_adamw_32bit": "adamw_torch"}
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +80,13 @@ class Trainer:
         data: Data,
         config: TrainConfig,
         saves: Saves,
-        watchers: Sequence[Watcher],
         chats: SampleChats | None,
     ) -> None:
         self._model = model
         self._data = data
         self._config = config
         self._saves = saves
-        self._watchers = watchers
+        self._watchers: list[Watcher] = []
         self._chats = chats
         self._steps = len(data.schedule.steps)
         self._parameters = list(model.parameters().values())
@@ -114,8 +112,17 @@ class Trainer:
         return self._done == self._steps or self._is_stale()
 
     def resume(self, save: Save) -> None:
-        """Go on from a checkpoint as if nothing had happened."""
+        """Go on from a checkpoint as if nothing had happened.
+
+        ConfigError on another kind of device, whose optimizer and random numbers differ.
+        """
         state = save.state()
+        if state["device"] != self._model.device.type:
+            raise ConfigError(
+                f"The run was begun on {state['device']}, not {self._model.device.type}: resume it "
+                f"with --device {state['device']}.",
+                param="device",
+            )
         set_peft_model_state_dict(self._model.peft, save.weights())
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
@@ -128,32 +135,33 @@ class Trainer:
         if self._chats is not None:
             self._chats.remember(self.history.chats)
 
-    def load_best(self) -> None:
-        """Take the weights of the best evaluation, where there is one; SaveFailed if they are not
-        there, since the disk was full at that moment."""
-        if not self.best_step:
-            return
-        best = self._saves.at(self.best_step)
-        if not best.folder.exists():
-            raise SaveFailed(
-                f"The best checkpoint, {best.folder}, could not be written when it was made: leave "
-                "out early_stopping to take the last step's weights."
-            )
-        set_peft_model_state_dict(self._model.peft, best.weights())
+    def choose(self) -> None:
+        """Take the weights that the run is for: with early stopping the best. Raises SaveFailed."""
+        if self._config.early_stopping is not None and self.best_step:
+            weights = self._saves.whole(self.best_step).weights()
+            set_peft_model_state_dict(self._model.peft, weights)
 
-    def run(self, stop: StopRequest) -> None:
+    def run(self, stop: StopRequest, watchers: Sequence[Watcher]) -> None:
         """Train to the end, or until `stop`; both leave a checkpoint of the last whole step.
 
-        Raises TrainingFailed when the loss is no number or memory runs out, and SaveFailed when
-        the last checkpoint cannot be written.
+        Raises TrainingFailed when a loss is no number or memory runs out, and SaveFailed when the
+        last checkpoint cannot be written.
         """
+        self._watchers = list(watchers)
+        self._started = perf_counter()
         with _neftune(self._model, self._config.neftune):
-            self._started = perf_counter()
-            if not self._done:
-                self._look()
-            while not self.finished and not stop.requested:
-                if self._train_step(stop):
-                    self._after_step()
+            try:
+                if not self._done:
+                    self._look()
+                while not self.finished and not stop.requested:
+                    if self._train_step(stop):
+                        self._after_step()
+            except torch.OutOfMemoryError:
+                raise TrainingFailed(
+                    f"Out of memory beside the training, after step {self._done}, in an evaluation "
+                    "or a sample chat: use a lower --micro-batch, or --chat-tokens 0. "
+                    f"{self._last_good()}"
+                ) from None
             self._save(must=True)
 
     def _train_step(self, stop: StopRequest) -> bool:
@@ -162,7 +170,7 @@ class Trainer:
         micro_batches = self._data.schedule.steps[self._done]
         batches = [self._data.batch(micro_batch) for micro_batch in micro_batches]
         trained = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
-        parts = []
+        parts: list[torch.Tensor] = []
         try:
             for batch in batches:
                 if stop.requested:
@@ -173,11 +181,11 @@ class Trainer:
                 parts.append(part.detach())
         except torch.OutOfMemoryError:
             raise self._out_of_memory(batches) from None
-        loss = float(sum(parts))  # the only wait for a card
+        loss = float(torch.stack(parts).sum())  # the only wait for a card
         self._scaler.unscale_(self._optimizer)
         norm = float(clip_grad_norm_(self._parameters, self._config.max_grad_norm))
         self._refuse_nan(loss, norm)
-        rate = self._scheduler.get_last_lr()[0]
+        rate = float(self._scheduler.get_last_lr()[0])
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
@@ -227,6 +235,11 @@ class Trainer:
                 batch = self._data.evaluation_batch(micro_batch)
                 total += float(self._model.loss(batch))
                 count += int((batch["labels"] >= 0).sum())
+        if not math.isfinite(total):
+            raise TrainingFailed(
+                f"After step {self._done} the evaluation's loss is {total}. {self._last_good()} "
+                "Try a lower --learning-rate."
+            )
         evaluation = Evaluation(self._done, total / count)
         self.history.evaluations.append(evaluation)
         self._tell(lambda watcher: watcher.evaluated(evaluation))
@@ -259,12 +272,13 @@ class Trainer:
         self._tell(lambda watcher: watcher.saved(self.history))
 
     def _tell(self, call: Callable[[Watcher], None]) -> None:
-        """What watchers show is not worth a run: a full disk under them is a warning."""
-        for watcher in self._watchers:
+        """What watchers show is not worth a run: one that cannot write is told no more."""
+        for watcher in tuple(self._watchers):
             try:
                 call(watcher)
             except OSError as error:
-                log.warning("%s could not write: %s", type(watcher).__name__, error)
+                log.warning("%s could not write and rests: %s", type(watcher).__name__, error)
+                self._watchers.remove(watcher)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -272,6 +286,7 @@ class Trainer:
             "scheduler": self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "random": self._random,
+            "device": self._model.device.type,
         }
 
     def _refuse_nan(self, loss: float, norm: float) -> None:
@@ -301,10 +316,9 @@ def make_optimizer(
     parameters: Sequence[torch.nn.Parameter], config: TrainConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """The optimizer of the config's name, as transformers knows it; else ConfigError."""
-    default = "adamw_torch" if device.type == "cpu" else "paged_adamw_8bit"
-    name = config.optimizer or default
+    name = optimizer_name(config, device.type)
     if device.type == "cpu":
-        name = _ON_CPU.get(name, name)
+        name = unpaged(name)
     try:
         arguments = TrainingArguments(
             optim=name, learning_rate=config.learning_rate, use_cpu=device.type == "cpu"
@@ -321,6 +335,12 @@ def make_optimizer(
     return optimizer
 
 
+def unpaged(name: str) -> str:
+    """The same optimizer with states that stay where they are, as they must without a card."""
+    plain = name.removeprefix("paged_")
+    return "adamw_torch" if name != plain and plain in ("adamw", "adamw_32bit") else plain
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a card since the step began; on a CPU what is held."""
     if device.type == "cuda":
@@ -334,19 +354,25 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
+def _make_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
+) -> LRScheduler:
+    """The schedule of the config's name, as transformers knows it; else ConfigError."""
     try:
-        return get_scheduler(
+        scheduler = get_scheduler(
             config.scheduler,
             optimizer,
-            num_warmup_steps=math.ceil(config.warmup * steps),
+            num_warmup_steps=int(config.warmup * steps),
             num_training_steps=steps,
         )
+        if isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau):
+            return scheduler
+        reason = "it follows a metric, which is not passed to it."
     except (ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"The scheduler {config.scheduler} cannot be used: {reason}", param="scheduler"
-        ) from error
+    raise ConfigError(
+        f"The scheduler {config.scheduler} cannot be used: {reason}", param="scheduler"
+    )
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """The page's events: each turns a visitor's dialog and settings into what the page then shows."""
 
+import asyncio
 import html
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -17,11 +20,42 @@ REDRAW = 0.05  # seconds: faster than people read, and each redraw costs the ser
 View = tuple[Any, ...]  # message box, chat, dialog, status line, send button, stop button
 
 
+@dataclass(eq=False)
+class Run:
+    """A visitor's answer under way."""
+
+    stream: AsyncChatStream
+    stopped: bool = False
+    forgotten: bool = False  # its end is not to be shown
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def stop(self) -> None:
+        self.stopped = True
+        await self.stream.aclose()
+
+
 class Answering:
-    """Answers the visitors of one engine; holds nothing of any of them."""
+    """Answers the visitors of one engine; of each it knows the answer under way, and no more."""
 
     def __init__(self, engine: ChatEngine) -> None:
         self._engine = engine
+        self._running: dict[str | None, Run] = {}  # by the visitor's session
+
+    async def stop(self, request: gr.Request) -> None:
+        """End the visitor's answer; its own event then shows what was said so far.
+
+        Gradio's way to cancel an event can leave an error drawn over what the event has shown.
+        """
+        if run := self._running.get(request.session_hash):
+            await run.stop()
+
+    async def clear(self, request: gr.Request) -> View:
+        """An empty page, once the visitor's answer has ended unseen."""
+        if run := self._running.get(request.session_hash):
+            run.forgotten = True
+            await run.stop()
+            await run.over.wait()
+        return still([])
 
     async def submit(
         self, message: str, dialog: Dialog, request: gr.Request, **settings: Any
@@ -64,17 +98,35 @@ class Answering:
         asked, text, drawn = with_turn(kept, "user", message), "", 0.0
         yield busy(asked, say(tongue, "answering"))
         try:
-            async with self._stream(asked, settings) as stream:
-                async for delta in stream:
-                    text += delta.text
-                    if perf_counter() - drawn > REDRAW:
-                        drawn = perf_counter()
-                        yield busy(with_turn(asked, "assistant", text), say(tongue, "answering"))
-                summary = self._summary(stream.reply, tongue)
-            yield still(with_turn(asked, "assistant", text), summary)
+            with self._answering(request, asked, settings) as run:
+                async with run.stream as stream:
+                    if run.stopped:  # before the model had the question
+                        await stream.aclose()
+                    async for delta in stream:
+                        text += delta.text
+                        if perf_counter() - drawn > REDRAW:
+                            drawn = perf_counter()
+                            said = with_turn(asked, "assistant", text)
+                            yield busy(said, say(tongue, "answering"))
+            if not run.forgotten:
+                said = with_turn(asked, "assistant", text) if text else asked
+                yield still(said, self._summary(stream.reply, tongue))
         except QlorachatError as error:
             gr.Warning(html.escape(explain(error, tongue)))  # Gradio shows it as HTML
             yield still(with_turn(asked, "assistant", text)) if text else refused
+
+    @contextmanager
+    def _answering(
+        self, request: gr.Request, dialog: Dialog, settings: Mapping[str, Any]
+    ) -> Iterator[Run]:
+        run = Run(self._stream(dialog, settings))
+        self._running[request.session_hash] = run
+        try:
+            yield run
+        finally:
+            if self._running.get(request.session_hash) is run:
+                del self._running[request.session_hash]
+            run.over.set()
 
     def _stream(self, dialog: Dialog, settings: Mapping[str, Any]) -> AsyncChatStream:
         system = settings["system"].strip()
@@ -83,6 +135,8 @@ class Answering:
 
     def _summary(self, reply: Reply, tongue: str) -> str:
         """The speed, and all that the visitor should know of how the answer ended."""
+        if reply.finish_reason is FinishReason.ABORTED:
+            return say(tongue, "stopped")
         usage, timings = reply.usage, reply.timings
         seconds = timings.first_token + timings.decode
         tokens, context = usage.completion_tokens, self._engine.info.context_length

@@ -10,7 +10,7 @@ from qlorachat import ChatEngine
 from qlorachat_gradio.answering import Answering, still
 from qlorachat_gradio.dialog import Dialog, before_last_question
 from qlorachat_gradio.settings import BASE, adapter_menu, sampling_controls
-from qlorachat_gradio.texts import TEXTS, language, say
+from qlorachat_gradio.texts import TEXTS, language
 
 I18N = gr.I18n(**TEXTS)
 
@@ -27,8 +27,8 @@ def build_page(engine: ChatEngine, *, title: str = "qlorachat", concurrency: int
                 chat = _chat()
             with gr.Column(scale=1, min_width=280, elem_id="settings"):
                 settings = _settings(engine)
-        running = _answer_events(engine, chat, settings, concurrency)
-        _chat_events(chat, running)
+        _answer_events(engine, chat, settings, concurrency)
+        chat.chatbot.undo(undo, chat.dialog, chat.outputs, **PRIVATE)
         _adapter_events(page, engine, settings["adapter"], settings["adapter_scale"])
     return page
 
@@ -125,8 +125,8 @@ def _settings(engine: ChatEngine) -> dict[str, Any]:
 
 def _answer_events(
     engine: ChatEngine, chat: Chat, settings: dict[str, Any], concurrency: int
-) -> list[Any]:
-    """The events that use the model; they share one line of waiting visitors."""
+) -> None:
+    """The events that use the model, in one line of waiting visitors, and those that end them."""
     answering = Answering(engine)
     model: dict[str, Any] = {
         "outputs": chat.outputs,
@@ -136,18 +136,11 @@ def _answer_events(
         "show_progress": "hidden",
     }
     sent = [chat.message.submit, chat.send.click]
-    return [
-        gr.on(sent, answering.submit, [chat.message, chat.dialog], api_name="chat", **model),
-        chat.chatbot.retry(answering.retry, chat.dialog, api_visibility="private", **model),
-        chat.chatbot.edit(answering.edit, chat.dialog, api_visibility="private", **model),
-    ]
-
-
-def _chat_events(chat: Chat, running: list[Any]) -> None:
-    """Stop and clear end what is running; clear and undo change the dialog."""
-    chat.stop.click(None, cancels=running).then(stopped, chat.dialog, chat.outputs, **PRIVATE)
-    chat.chatbot.clear(None, cancels=running).then(lambda: still([]), None, chat.outputs, **PRIVATE)
-    chat.chatbot.undo(undo, chat.dialog, chat.outputs, **PRIVATE)
+    gr.on(sent, answering.submit, [chat.message, chat.dialog], api_name="chat", **model)
+    chat.chatbot.retry(answering.retry, chat.dialog, api_visibility="private", **model)
+    chat.chatbot.edit(answering.edit, chat.dialog, api_visibility="private", **model)
+    chat.stop.click(answering.stop, None, None, **PRIVATE)
+    chat.chatbot.clear(answering.clear, None, chat.outputs, **PRIVATE)
 
 
 def _adapter_events(page: gr.Blocks, engine: ChatEngine, menu: Any, strength: Any) -> None:
@@ -161,11 +154,6 @@ def _adapter_events(page: gr.Blocks, engine: ChatEngine, menu: Any, strength: An
 
     page.load(menu_now, None, menu, **PRIVATE)
     menu.change(strength_for, menu, strength, **PRIVATE)
-
-
-def stopped(dialog: Dialog, request: gr.Request) -> Any:
-    """The page after Stop: what was said so far stays."""
-    return still(dialog, say(language(request.headers.get("accept-language")), "stopped"))
 
 
 def undo(dialog: Dialog) -> Any:

@@ -51,14 +51,15 @@ def memory_limit(memory: str | None, device: torch.device) -> int | None:
 
 
 def cap_process(limit: int | None, device: torch.device) -> None:
-    """On a card, have torch raise OutOfMemoryError at `limit` bytes, so that nothing spills.
+    """On a card, have torch raise OutOfMemoryError `limit` bytes from here, so nothing spills.
 
     On a CPU there is no such cap: the plan alone refuses.
     """
     if limit is None or device.type == "cpu":
         return
     _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    taken = torch.cuda.memory_reserved(device)  # by an engine or a run before this one
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (taken + limit) / total), device)
 
 
 def what_would_fit(

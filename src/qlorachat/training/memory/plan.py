@@ -73,7 +73,9 @@ class MemoryPlan:
         table = Table(title=f"Memory on {self.device}", caption=self._verdict(), show_footer=True)
         table.add_column("part", "at most at one time")
         table.add_column("predicted", size(self.predicted), justify="right")
-        table.add_column("measured", _cell(self.measured), justify="right")
+        # a process's growth is all that can be seen on a CPU
+        measured = "measured" if self.device != "cpu" else "measured, about"
+        table.add_column(measured, _cell(self.measured), justify="right")
         for part in self.parts:
             table.add_row(part.name, size(part.predicted), _cell(part.measured))
         return table

@@ -1,5 +1,6 @@
 """Keeps report.html up to date while a run goes on."""
 
+import logging
 from datetime import datetime
 from importlib.metadata import version
 from time import monotonic
@@ -14,6 +15,8 @@ from qlorachat.training.memory.plan import MemoryPlan
 from qlorachat.training.preparation import Preparation
 from qlorachat.training.run_folder import RunFolder
 from qlorachat.training.watchers.report import ReportData, write_report
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -48,6 +51,13 @@ class Reporter:
         if monotonic() >= self._next:
             self.write(history, finished=False)
             self._next = monotonic() + _PAUSE
+
+    def end(self, history: History, *, finished: bool) -> None:
+        """The last report; one that cannot be written is a warning."""
+        try:
+            self.write(history, finished=finished)
+        except OSError as error:
+            log.warning("the report %s could not be written: %s", self._folder.report, error)
 
     def write(self, history: History, *, finished: bool) -> None:
         """The report of the run so far. Raises OSError."""

@@ -1,5 +1,6 @@
 """A run's curves as TensorBoard event files."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -10,9 +11,9 @@ from qlorachat.training.history import Chat, Evaluation, History, Step
 class TensorBoard:
     """Watches a run; look at it with `tensorboard --logdir FOLDER`."""
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
-        """Events of an earlier part of the run from `first_step` on are hidden."""
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+    def __init__(self, folder: Path, *, done: int) -> None:
+        """Events of an earlier part of the run after step `done` are hidden."""
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
     def update(self, step: Step) -> None:
         scalars = {
@@ -40,4 +41,6 @@ class TensorBoard:
         pass  # not a number
 
     def close(self) -> None:
-        self._writer.close()
+        """Write what is left; a full disk costs no more than that."""
+        with suppress(OSError):
+            self._writer.close()
