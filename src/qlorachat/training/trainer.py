@@ -35,6 +35,13 @@ from qlorachat.training.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 
+# optimizers whose name is more than "paged_" shorter without their pages
+_UNPAGED = {
+    "adamw": "adamw_torch",
+    "adamw_32bit": "adamw_torch",
+    "ademamix_32bit": "ademamix",
+}
+
 
 class TrainingFailed(QlorachatError):
     """A run that cannot go on; its checkpoints are whole."""
@@ -338,7 +345,7 @@ def make_optimizer(
 def unpaged(name: str) -> str:
     """The same optimizer with states that stay where they are, as they must without a card."""
     plain = name.removeprefix("paged_")
-    return "adamw_torch" if name != plain and plain in ("adamw", "adamw_32bit") else plain
+    return _UNPAGED.get(plain, plain) if plain != name else name
 
 
 def peak_memory(device: torch.device) -> int:
