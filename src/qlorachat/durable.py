@@ -1,5 +1,6 @@
 """Files and folders that are on disk whole or not at all, whatever kills us meanwhile."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -80,6 +81,12 @@ def sweep(folder: Path, name: str = "*") -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

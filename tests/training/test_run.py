@@ -17,12 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qlorachat import ChatEngine
 from qlorachat.adapters import AdapterCard, inspect_adapter
+from qlorachat.adapters.folder import WEIGHTS
 from qlorachat.checkpoints import load_model, locate
 from qlorachat.errors import ConfigError, ModelError, QlorachatError
 from qlorachat.training.config import TrainConfig
 from qlorachat.training.history import History
 from qlorachat.training.run import TrainResult, train
-from qlorachat.training.saves import WEIGHTS, Saves
+from qlorachat.training.saves import Saves
 from qlorachat.training.trainer import TrainingFailed
 
 Trains = Callable[..., TrainResult]
@@ -131,6 +132,7 @@ def test_what_it_shows(run: Trains, screen: Console) -> None:
     text = shown(screen)
     assert "base weights" in text
     assert "measured" in text
+    assert "6 steps in 12 passes: about" in text
     assert f"qlorachat chat --adapter {result.output}" in text
     report = result.report.read_text("utf-8")
     assert "Say" in report

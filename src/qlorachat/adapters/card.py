@@ -1,6 +1,5 @@
 """qlorachat.json, the card beside an adapter: how it was trained and is to be asked."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from qlorachat.adapters.config import AdapterConfig, read_config
 from qlorachat.adapters.folder import CARD, CONFIG, WEIGHTS, find_file, read_object
 from qlorachat.config import explain
+from qlorachat.durable import file_sha256
 from qlorachat.errors import AdapterError
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -32,7 +32,7 @@ class AdapterCard(BaseModel):
 
 def write_card(folder: Path, card: AdapterCard) -> None:
     """Write `card` into an adapter's folder, for the bytes of its files as they are now."""
-    sums = {name: _sha256(folder / name) for name in (CONFIG, WEIGHTS)}
+    sums = {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)}
     whole = card.model_copy(update={"sha256": sums})
     text = whole.model_dump_json(indent=2, exclude_none=True)
     (folder / CARD).write_text(text + "\n", "utf-8")
@@ -66,8 +66,3 @@ def base_of(
     if config is not None and config.base_model_name_or_path:
         return config.base_model_name_or_path, config.revision or None
     return None, None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

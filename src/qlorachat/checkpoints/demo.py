@@ -1,6 +1,5 @@
 """The demo model: a GGUF in an installed package, converted once into our cache."""
 
-import hashlib
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qlorachat.checkpoints.cache import MANIFEST, build_once
 from qlorachat.config import DEMO_MODEL
+from qlorachat.durable import file_sha256
 
 ALIASES = ("demo", "smollm2", DEMO_MODEL.lower())
 
@@ -34,8 +34,7 @@ def find_gguf() -> Path | None:
 
 def converted_demo(gguf: Path) -> Path:
     """The checkpoint folder made from `gguf`; the first call makes it and says so on stderr."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(gguf)
     return build_once(
         f"{gguf.stem}-{digest[:12]}-v{_VERSION}",
         partial(_convert, gguf),

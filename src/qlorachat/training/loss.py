@@ -30,5 +30,10 @@ def answer_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> 
     return total
 
 
+def count_trained(labels: torch.Tensor) -> int:
+    """How many tokens `answer_loss` sums over; a first token is never trained."""
+    return int((labels != IGNORED).sum())
+
+
 def _chunk_loss(head: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(head(states).float(), targets, reduction="sum")

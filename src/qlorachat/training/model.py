@@ -23,6 +23,7 @@ from qlorachat.training.config import TrainConfig
 from qlorachat.training.fused import fuse_layers
 from qlorachat.training.lora_linear import LoraLinear4bit
 from qlorachat.training.loss import answer_loss
+from qlorachat.training.memory.activations import checkpoints_layers
 
 # what some architectures do to their logits, which the loss does not know of
 _CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -104,9 +105,7 @@ def attach_adapter(
         peft = _with_lora(loaded, checkpoint, _lora_config(checkpoint, config))
     else:
         peft = _continued(loaded, checkpoint, config, init_adapter)
-    if config.gradient_checkpointing or (
-        config.gradient_checkpointing is None and loaded.device != "cpu"
-    ):
+    if checkpoints_layers(config, loaded.model.device.type):
         # re-entrant checkpointing finds no gradient behind a frozen embedding
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     peft.train()

@@ -65,6 +65,11 @@ class Preparation:
         return passes[len(passes) // 2]
 
     @property
+    def passes(self) -> int:
+        """How many there are in the run."""
+        return len(self._passes())
+
+    @property
     def longest_row(self) -> int:
         """Tokens of the longest row of any pass, padding included."""
         return max(self._width(micro_batch) for micro_batch in self._passes())
@@ -108,19 +113,9 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
     judged = _build(held_out, template, tokenizer, config)
     if apart:
         judged = replace(judged, bad=tuple(_of(apart.name, (*apart.bad, *judged.bad))))
-    if config.early_stopping and not judged.samples:
-        raise ConfigError(
-            "early_stopping needs rows to evaluate on, and there are none: give --eval-data or a "
-            "larger --eval-share.",
-            param="early_stopping",
-        )
-    if not samples.samples:
-        first = (*rows.bad, *samples.bad)[0]
-        raise ConfigError(
-            f"{data} has no row to learn; the first, line {first.line}: {first.reason}.",
-            param="data",
-        )
-    usable = {sample.line for sample in (judged.samples or samples.samples)}
+    _refuse_too_little(config, rows, samples, judged)
+    shown, built = (held_out, judged) if judged.samples else (learned, samples)
+    usable = {sample.line for sample in built.samples}
     planned = Data(
         samples=samples.samples,
         schedule=plan_schedule([len(each.ids) for each in samples.samples], config),
@@ -140,13 +135,29 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
         data=planned,
         fingerprint=" ".join(each.sha256 for each in (rows, apart) if each),
         chats=sample_chats(
-            [row for row in (held_out or learned) if row.line in usable],
+            [row for row in shown if row.line in usable],
             checkpoint,
             template,
             tokenizer,
             config,
         ),
     )
+
+
+def _refuse_too_little(config: TrainConfig, rows: Rows, samples: Samples, judged: Samples) -> None:
+    """ConfigError when nothing can be learned, or nothing tells early stopping when to stop."""
+    if not samples.samples:
+        first = (*rows.bad, *samples.bad)[0]
+        raise ConfigError(
+            f"{config.data} has no row to learn; the first, line {first.line}: {first.reason}.",
+            param="data",
+        )
+    if config.early_stopping and not judged.samples:
+        raise ConfigError(
+            "early_stopping needs rows to evaluate on, and there are none: give --eval-data or a "
+            "larger --eval-share.",
+            param="early_stopping",
+        )
 
 
 def _fit_context(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:

@@ -33,6 +33,7 @@ from qlorachat.training.trainer import Trainer, make_optimizer, unpaged
 from qlorachat.training.watchers.progress import Progress
 from qlorachat.training.watchers.reporter import Reporter, versions
 from qlorachat.training.watchers.tensorboard import TensorBoard
+from qlorachat.training.wording import duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ def train(
     )
     loaded, model, measurement = _open(prepared, screen, device, limit)
     screen.print(measurement.plan)
+    screen.print(_estimate(prepared, measurement), style="dim")
     card = _card(prepared, loaded)
     saves = Saves(folder.checkpoints, card, keep=prepared.config.keep)
     trainer = Trainer(model, prepared.data, prepared.config, saves, prepared.chats)
@@ -198,6 +200,15 @@ def _run(
     progress = Progress(screen, total_steps=len(schedule.steps), tokens=schedule.tokens)
     with progress, closing(tensorboard), stop_on_interrupt(progress.note) as stop:
         trainer.run(stop, (progress, tensorboard, reporter))
+
+
+def _estimate(prepared: Preparation, measurement: Measurement) -> str:
+    """How long the passes take, if all are like the median one."""
+    seconds = prepared.passes * measurement.seconds
+    return (
+        f"{len(prepared.data.schedule.steps):,} steps in {prepared.passes:,} passes: about "
+        f"{duration(seconds)}, at {measurement.tokens_per_second:,.0f} tokens/s."
+    )
 
 
 def _card(prepared: Preparation, loaded: LoadedModel) -> AdapterCard:

@@ -9,13 +9,14 @@ import torch
 from peft import PeftModel
 
 from qlorachat.adapters import AdapterCard
+from qlorachat.adapters.folder import CARD, CONFIG, WEIGHTS
 from qlorachat.config import check
 from qlorachat.durable import sweep, sync, whole_folder, write_whole
 from qlorachat.errors import ConfigError, QlorachatError
 from qlorachat.training.config import TrainConfig
 from qlorachat.training.saves import write_adapter
 
-_FILES = ("adapter_model.safetensors", "adapter_config.json", "qlorachat.json")  # the card last
+_FILES = (WEIGHTS, CONFIG, CARD)  # the card last: its hashes are of the two before it
 
 # what a resumed run may be told anew: it changes nothing that is learned
 _FREE = {"output", "device", "memory", "offline", "data", "eval_data", "keep"}
@@ -125,8 +126,3 @@ class RunFolder:
                 f"The adapter could not be written to {self.output} ({error}): free some space, "
                 "then go on with --resume."
             ) from error
-
-    @property
-    def finished(self) -> bool:
-        """Whether the adapter is there."""
-        return all((self.output / name).exists() for name in _FILES)

@@ -1,6 +1,5 @@
 """Checkpoints of a run: complete or absent, checksummed, the newest and the best never deleted."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -16,14 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlorachat.adapters import AdapterCard, write_card
-from qlorachat.durable import UNFINISHED, whole_folder
+from qlorachat.adapters.folder import WEIGHTS
+from qlorachat.durable import UNFINISHED, file_sha256, whole_folder
 from qlorachat.errors import QlorachatError
 from qlorachat.training.history import History
 from qlorachat.training.state_file import read_state, write_state
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "adapter_model.safetensors"
 _HISTORY = "history.json"
 _CHECKSUMS = "checksums.json"
 _DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
@@ -79,7 +78,7 @@ class Saves:
                 write_adapter(folder, peft, torch.float32, self._card)
                 write_state(folder, dict(state))
                 (folder / _HISTORY).write_text(history.to_json(), "utf-8")
-                sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+                sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
                 (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1), "utf-8")
         except (OSError, SafetensorError) as error:
             raise SaveFailed(
@@ -163,15 +162,9 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_whole(folder: Path) -> bool:
     try:
         sums = json.loads((folder / _CHECKSUMS).read_text("utf-8"))
-        return all(sha256(folder / name) == digest for name, digest in sums.items())
+        return all(file_sha256(folder / name) == digest for name, digest in sums.items())
     except (OSError, ValueError):
         return False

@@ -28,6 +28,7 @@ from qlorachat.training.config import TrainConfig
 from qlorachat.training.data.batches import MicroBatch, Schedule, collate
 from qlorachat.training.data.samples import Sample
 from qlorachat.training.history import Chat, Evaluation, History, Step
+from qlorachat.training.loss import count_trained
 from qlorachat.training.memory.plan import optimizer_name
 from qlorachat.training.model import TrainedModel
 from qlorachat.training.saves import Save, SaveFailed, Saves, random_state, set_random_state
@@ -176,7 +177,7 @@ class Trainer:
         _reset_peak(self._model.device)
         micro_batches = self._data.schedule.steps[self._done]
         batches = [self._data.batch(micro_batch) for micro_batch in micro_batches]
-        trained = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
+        trained = sum(count_trained(batch["labels"]) for batch in batches)
         parts: list[torch.Tensor] = []
         try:
             for batch in batches:
@@ -241,7 +242,7 @@ class Trainer:
             for micro_batch in self._data.evaluation:
                 batch = self._data.evaluation_batch(micro_batch)
                 total += float(self._model.loss(batch))
-                count += int((batch["labels"] >= 0).sum())
+                count += count_trained(batch["labels"])
         if not math.isfinite(total):
             raise TrainingFailed(
                 f"After step {self._done} the evaluation's loss is {total}. {self._last_good()} "
