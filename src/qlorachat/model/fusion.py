@@ -8,17 +8,24 @@ from bitsandbytes.functional import QuantState, dequantize_blockwise, gemv_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
+from qlorachat.model.nf4_linear import Nf4Linear, why_not
+
 
 def fuse(parts: Sequence[nn.Module]) -> nn.Module:
     """One layer whose outputs are the parts' outputs side by side; the parts are used up.
 
-    NF4 stays NF4. Under double quantization every weight has an absmax offset of its own and a
-    bitsandbytes call takes one, so the weight carries its absmax in float32 from here on: exactly
-    the values that were decoded before, in 0.047 bytes a parameter more. A single part changes
-    likewise: where bitsandbytes falls back to cuBLAS it would decode the absmax in every call.
+    NF4 stays NF4, byte by byte where our own kernels run (`nf4_linear.why_not`). Elsewhere, since
+    under double quantization every weight has an absmax offset of its own and a bitsandbytes call
+    takes one, the weight carries its absmax in float32 from here on: exactly the values that were
+    decoded before, in 0.047 bytes a parameter more. A single part changes likewise: where
+    bitsandbytes falls back to cuBLAS it would decode the absmax in every call.
     """
     if all(isinstance(part, Linear4bit) for part in parts):
-        return _fuse_nf4(parts)
+        if why_not(parts) is not None:
+            return _fuse_nf4(parts)
+        layer = Nf4Linear(parts, _fused_bias(parts))
+        _use_up(parts)
+        return layer.eval()
     if any(isinstance(part, Linear4bit) for part in parts):
         raise TypeError("layers in 4 and in 16 bit can't be one layer")
     return _fuse_dense(parts)

@@ -1,0 +1,176 @@
+"""The NF4 product beside bitsandbytes' on one CUDA card, by shape and rows, in % of a copy's speed.
+
+    PYTHONPATH=src python bench/kernels.py
+
+Random weights quantized by bitsandbytes with double quantization; each result is compared with
+float64 first. Times are medians inside a CUDA graph over weights that exceed the L2. Writes
+bench/results/kernels.json.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import matmul_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit
+
+from qlorachat.kernels import nf4
+
+cuda: Any = torch.cuda
+RESULTS = Path(__file__).parent / "results" / "kernels.json"
+SHAPES = {
+    "7B o": ((4096,), 4096),
+    "7B qkv": ((4096, 4096, 4096), 4096),
+    "7B gate_up": ((11008, 11008), 4096),
+    "7B down": ((4096,), 11008),
+    "13B o": ((5120,), 5120),
+    "13B gate_up": ((13824, 13824), 5120),
+    "13B down": ((5120,), 13824),
+    "smollm2 qkv": ((576, 192, 192), 576),
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROTATED = 420e6  # bytes of weights that a measurement walks through; an H100's L2 holds 50e6
+ROUNDING = 2**-9  # of bfloat16, relative, at most; codes and results are rounded once
+EXTREME = 200.0  # times a usual absmax
+
+Quantized = list[tuple[torch.Tensor, QuantState]]
+
+
+def quantized(heights: tuple[int, ...], columns: int) -> Quantized:
+    parts = []
+    for height in heights:
+        values = torch.randn(height, columns, device="cuda") * 0.02
+        values[0] *= EXTREME
+        parts.append(quantize_4bit(values.bfloat16(), quant_type="nf4", compress_statistics=True))
+    return parts
+
+
+def matrix(parts: Quantized, columns: int) -> nf4.Nf4Matrix:
+    states = [state for _, state in parts]
+    return nf4.Nf4Matrix(
+        packed=torch.cat([packed.flatten() for packed, _ in parts]),
+        absmax=torch.cat([state.absmax for state in states]),
+        absmax2=torch.cat([state.state2.absmax for state in states]),
+        code=states[0].code,
+        code2=states[0].state2.code,
+        heights=tuple(state.shape[0] for state in states),
+        offsets=tuple(float(state.offset) for state in states),
+        columns=columns,
+    )
+
+
+def fused_state(parts: Quantized, weight: nf4.Nf4Matrix) -> QuantState:
+    """What one bitsandbytes call takes for all parts: absmax in float32."""
+    state = parts[0][1]
+    scales = nf4.absmax(weight)
+    return QuantState(
+        absmax=scales, shape=torch.Size((weight.rows, weight.columns)), code=state.code,
+        blocksize=64, quant_type="nf4", dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def excess(actual: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error over what one rounding of codes and one of results allow."""
+    x = x.double()
+    expected = x @ exact.T
+    allowed = ROUNDING * (expected.abs() + x.abs() @ exact.abs().T)
+    assert bool(actual.isfinite().all())
+    return float(((actual.double() - expected).abs() / allowed).max())
+
+
+def graph_time(call: Callable[[int], object], sets: int) -> float:
+    """Microseconds of one call, the median of 12 replays over all sets."""
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
+        call(0)
+    cuda.current_stream().wait_stream(stream)
+    graph, times = cuda.CUDAGraph(), []
+    calls = max(sets, 20)
+    with cuda.graph(graph):
+        for index in range(calls):
+            call(index % sets)
+    graph.replay()
+    for _ in range(12):
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        cuda.synchronize()
+        times.append(float(start.elapsed_time(end)) * 1e3 / calls)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device copy of 4 GiB, bytes read and written."""
+    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    target, times = torch.empty_like(source), []
+    for _ in range(12):
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        cuda.synchronize()
+        times.append(float(start.elapsed_time(end)))
+    return 2 * 2**32 / statistics.median(times) / 1e6
+
+
+def measure(name: str, copy: float) -> list[dict[str, Any]]:
+    heights, columns = SHAPES[name]
+    own = quantized(heights, columns)
+    weight = matrix(own, columns)
+    moved = weight.packed.numel() + weight.absmax.numel() + 4 * weight.absmax2.numel()
+    state, exact = fused_state(own, weight), nf4.nf4_dequantize(weight).double()
+    sets = max(1, int(ROTATED / moved))
+    weights = [
+        nf4.Nf4Matrix(
+            weight.packed.clone(), weight.absmax.clone(), weight.absmax2.clone(), weight.code,
+            weight.code2, weight.heights, weight.offsets, columns,
+        )
+        for _ in range(sets)
+    ]  # fmt: skip
+    lines = []
+    for rows in ROWS:
+        x = torch.randn(rows, columns, device="cuda").bfloat16()
+        ours, half = nf4.nf4_matmul(x, weight), nf4.nf4_matmul(x.half(), weight)
+        error = excess(ours, x, exact)
+        assert max(error, excess(half, x.half(), exact)) < 1.0, f"{name}, {rows} rows: {error}"
+        assert torch.equal(ours, nf4.nf4_matmul(x, weight))
+
+        def theirs(index: int, x: torch.Tensor = x) -> torch.Tensor:
+            out: torch.Tensor = matmul_4bit(x, weights[index].packed, state)
+            return out
+
+        def own_kernel(index: int, x: torch.Tensor = x) -> torch.Tensor:
+            return nf4.nf4_matmul(x, weights[index])
+
+        times = {"ours": graph_time(own_kernel, sets), "bitsandbytes": graph_time(theirs, sets)}
+        line = {"shape": name, "rows": rows, "error / bound": round(error, 3)}
+        for which, time in times.items():
+            line[f"{which}, us"] = round(time, 2)
+            line[f"{which}, % of copy"] = round(100 * moved / time / 1e3 / copy, 1)
+        lines.append(line)
+        print(line, flush=True)
+    return lines
+
+
+def main() -> None:
+    copy = copy_bandwidth()
+    names = ("torch", "bitsandbytes", "cuda-bindings")
+    record: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in names},
+        "copy GB/s": round(copy),
+    }
+    print(record, flush=True)
+    record["lines"] = [line for name in SHAPES for line in measure(name, copy)]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

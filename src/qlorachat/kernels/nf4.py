@@ -1,0 +1,178 @@
+"""NF4 weights in bitsandbytes' own bytes, double quantization kept: product with few rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from qlorachat.kernels import cuda_source
+from qlorachat.kernels.device import count_processors
+
+MOST_ROWS = 64  # above, it is better to write the weights out and multiply
+_SOURCE = "nf4_matmul.cu"
+_TABLE_BYTES = 65536  # of shared memory, TABLE in the source
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Matrix:
+    """A weight [N, K] of up to three parts stacked along N, each quantized by itself.
+
+    packed: uint8 [N * K / 2], two weights a byte, the first in the high nibble. absmax: uint8
+    [N * K / 64]. absmax2: float32, one for each 256 absmax bytes of a part, part after part.
+    Weight = code[nibble] * (code2[absmax] * absmax2 + offset), with code float32 [16], code2
+    float32 [256]. heights: rows of each part, multiples of 16; offsets: one a part.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    absmax2: torch.Tensor
+    code: torch.Tensor
+    code2: torch.Tensor
+    heights: tuple[int, ...]
+    offsets: tuple[float, ...]
+    columns: int
+
+    def __post_init__(self) -> None:
+        blocks = self.columns // 64
+        assert self.columns % 64 == 0
+        assert all(height % 16 == 0 for height in self.heights)
+        assert len(self.heights) == len(self.offsets) <= 3
+        assert self.packed.numel() == self.rows * self.columns // 2
+        assert self.absmax.numel() == self.rows * blocks
+        assert self.absmax2.numel() == sum(self.groups)
+        assert self.packed.dtype == self.absmax.dtype == torch.uint8
+
+    @property
+    def rows(self) -> int:
+        return sum(self.heights)
+
+    @property
+    def groups(self) -> list[int]:
+        """How many absmax2 each part has."""
+        return [-(-height * (self.columns // 64) // 256) for height in self.heights]
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why `nf4_matmul` can't run on a device; None where it can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "it is no NVIDIA card"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "its tensor cores are older than Ampere's"
+    return (
+        None
+        if cuda_source.found()
+        else "cuda-bindings or NVRTC is not installed: pip install qlorachat[cuda]"
+    )
+
+
+def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
+    """x @ weight^T, [M, N], of x's dtype; sums in float32.
+
+    x: [M, K], contiguous, bfloat16 or float16, 1 to 64 rows. The weight's two-level absmax is
+    applied to each block's float32 sum; only the 16 code values are rounded to the dtype. On a
+    device that `why_not` has nothing against; elsewhere use `nf4_matmul_reference`.
+    """
+    rows = len(x)
+    assert x.shape == (rows, weight.columns)
+    assert x.is_contiguous()
+    assert x.dtype in (torch.bfloat16, torch.float16)
+    assert 1 <= rows <= MOST_ROWS
+    out = x.new_empty(rows, weight.rows)
+    shape = _shape(rows)
+    groups = _groups_of_a_block(weight.rows // 16, shape, x.device)
+    shared_bytes = _TABLE_BYTES + groups * shape.bytes_of_a_group
+    aligned = weight.columns // 64 % shape.chunk == 0
+    name = f"nf4_matmul_{8 * shape.tiles}" + ("" if aligned else "_ragged")
+    definitions = (f"BF16={int(x.dtype == torch.bfloat16)}",)
+    most = _shared_bytes(x.device)
+    function = cuda_source.load_kernel(_SOURCE, definitions, name, most, x.device)
+    starts = list(accumulate(weight.heights))
+    first_groups = list(accumulate(weight.groups))
+    grid = (-(-(weight.rows // 16) // groups), -(-rows // (8 * shape.tiles)))
+    arguments = (
+        *(weight.packed, weight.absmax, weight.absmax2),
+        *(_pairs(weight.code, x.dtype), weight.code2, x, out),
+        *(rows, weight.rows, weight.columns),
+        *_three(starts)[:2],
+        *_three(first_groups)[:2],
+        *_three(weight.offsets),
+        groups,
+    )
+    cuda_source.launch(function, grid, 32 * shape.warps, shared_bytes, arguments)
+    return out
+
+
+def nf4_matmul_reference(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
+    """`nf4_matmul` in plain torch, on any device; the weights are written out in float32."""
+    return (x.float() @ nf4_dequantize(weight).T).to(x.dtype)
+
+
+def nf4_dequantize(weight: Nf4Matrix) -> torch.Tensor:
+    """The weights, float32 [N, K], in plain torch."""
+    nibbles = torch.stack([weight.packed.flatten() >> 4, weight.packed.flatten() & 15], 1)
+    values = weight.code[nibbles.int()].view(-1, 64)
+    return (values * absmax(weight)[:, None]).view(weight.rows, weight.columns)
+
+
+def absmax(weight: Nf4Matrix) -> torch.Tensor:
+    """Each block's absmax, float32 [N * K / 64], as bitsandbytes decodes it."""
+    sizes = [height * weight.columns // 64 for height in weight.heights]
+    parts = zip(
+        weight.absmax.split(sizes), weight.absmax2.split(weight.groups), weight.offsets, strict=True
+    )
+    scales = [
+        weight.code2[codes.int()] * absmax2.repeat_interleave(256)[: len(codes)] + offset
+        for codes, absmax2, offset in parts
+    ]
+    return torch.cat(scales)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How a kernel of the source is instanced."""
+
+    tiles: int  # of 8 rows of x
+    chunk: int  # blocks of 64 weights
+    warps: int
+
+    @property
+    def bytes_of_a_group(self) -> int:
+        """Shared memory for the partial sums of 16 weight rows."""
+        return 512 * self.tiles * self.warps
+
+
+def _shape(rows: int) -> _Shape:
+    if rows <= 8:
+        return _Shape(1, 4, 16)
+    return _Shape(2, 2, 16) if rows <= 16 else _Shape(4, 2, 8)
+
+
+def _groups_of_a_block(groups: int, shape: _Shape, device: torch.device) -> int:
+    """One wave of blocks, if their partial sums fit."""
+    fitting = (_shared_bytes(device) - _TABLE_BYTES) // shape.bytes_of_a_group
+    return max(1, min(-(-groups // count_processors(device)), fitting))
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Dynamic shared memory that one block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def _pairs(code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int32 [256]: the two weights that each byte stands for, the first in the low half."""
+    half = code.to(dtype).view(torch.int16).int() & 0xFFFF
+    byte = torch.arange(256, device=code.device)
+    return half[byte >> 4] | half[byte & 15] << 16
+
+
+def _three(values: Sequence[int] | Sequence[float]) -> list[int | float]:
+    """Padded with the last one: parts that are not there begin at the end."""
+    return [*values, *[values[-1]] * (3 - len(values))]

@@ -1,0 +1,75 @@
+"""An NF4 layer on our own kernels: few rows are multiplied as the weights are, many written out."""
+
+from collections.abc import Sequence
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.nn import functional
+
+from qlorachat.kernels import nf4
+
+
+def why_not(parts: Sequence[Linear4bit]) -> str | None:
+    """Why layers that read one input stay with bitsandbytes' kernels; None: they need not."""
+    states: list[QuantState] = [part.weight.quant_state for part in parts]
+    if reason := nf4.why_not(parts[0].weight.device):
+        return reason
+    if any(state.quant_type != "nf4" or state.blocksize != 64 for state in states):
+        return "the weights are not in NF4 with blocks of 64"
+    if not all(state.nested and state.state2.blocksize == 256 for state in states):
+        return "the weights have no double quantization"
+    if any(state.shape[1] % 64 or state.shape[0] % 16 for state in states):
+        return "a weight's sides are no multiples of 16 and 64"
+    if states[0].dtype not in (torch.bfloat16, torch.float16):
+        return "it computes in float32"
+    return None
+
+
+class Nf4Linear(nn.Module):
+    """Outputs of the parts side by side; their bytes, double quantization included, are kept."""
+
+    def __init__(self, parts: Sequence[Linear4bit], bias: nn.Parameter | None) -> None:
+        super().__init__()
+        states: list[QuantState] = [part.weight.quant_state for part in parts]
+        self._bias = bias.data if bias is not None else None
+        self._weight = nf4.Nf4Matrix(
+            packed=torch.cat([part.weight.data.flatten() for part in parts]),
+            absmax=torch.cat([state.absmax for state in states]),
+            absmax2=torch.cat([state.state2.absmax for state in states]),
+            code=states[0].code,
+            code2=states[0].state2.code,
+            heights=tuple(state.shape[0] for state in states),
+            offsets=tuple(float(state.offset) for state in states),
+            columns=states[0].shape[1],
+        )
+        self._states = _share(states, self._weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, columns) -> (rows, heights)."""
+        if len(x) > nf4.MOST_ROWS:
+            return functional.linear(x, self._written_out(x.dtype), self._bias)
+        y = nf4.nf4_matmul(x, self._weight)
+        return y if self._bias is None else y + self._bias
+
+    def _written_out(self, dtype: torch.dtype) -> torch.Tensor:
+        weight = self._weight
+        out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.packed.device)
+        packed = weight.packed.split([height * weight.columns // 2 for height in weight.heights])
+        for bytes_of_part, state, rows in zip(
+            packed, self._states, out.split(weight.heights), strict=True
+        ):
+            dequantize_4bit(bytes_of_part.view(-1, 1), state, out=rows)
+        return out
+
+
+def _share(states: Sequence[QuantState], weight: nf4.Nf4Matrix) -> list[QuantState]:
+    """The parts' states with the stacked tensors in place of their own."""
+    sizes = [height * weight.columns // 64 for height in weight.heights]
+    parts = zip(
+        states, weight.absmax.split(sizes), weight.absmax2.split(weight.groups), strict=True
+    )
+    for state, absmax, absmax2 in parts:
+        state.absmax, state.state2.absmax = absmax, absmax2
+    return list(states)

@@ -1,0 +1,86 @@
+"""NF4 products: the torch reference against bitsandbytes, and the CUDA source for every card."""
+
+import pytest
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlorachat.kernels import cuda_source, nf4
+from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize, nf4_matmul_reference
+
+needs_nvrtc = pytest.mark.skipif(
+    not cuda_source.found(), reason="cuda-bindings or NVRTC is not installed"
+)
+
+
+def make_matrix(
+    heights: tuple[int, ...], columns: int, *, largest: float
+) -> tuple[Nf4Matrix, list[tuple[torch.Tensor, QuantState]]]:
+    """Random weights as bitsandbytes quantizes them; one row of each part is `largest` times up."""
+    torch.manual_seed(columns)
+    values = [torch.randn(height, columns) for height in heights]
+    for each in values:
+        each[1] *= largest
+    parts = [quantize_4bit(each, quant_type="nf4", compress_statistics=True) for each in values]
+    first = parts[0][1]
+    matrix = Nf4Matrix(
+        packed=torch.cat([packed.flatten() for packed, _ in parts]),
+        absmax=torch.cat([state.absmax for _, state in parts]),
+        absmax2=torch.cat([state.state2.absmax for _, state in parts]),
+        code=first.code,
+        code2=first.state2.code,
+        heights=heights,
+        offsets=tuple(float(state.offset) for _, state in parts),
+        columns=columns,
+    )
+    return matrix, parts
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.sampled_from([16, 48, 192, 256]), min_size=1, max_size=3),
+    st.sampled_from([64, 192, 576, 1024]),
+    st.sampled_from([1.0, 1e3]),
+)
+def test_the_weights_are_those_of_bitsandbytes(
+    heights: list[int], columns: int, largest: float
+) -> None:
+    matrix, parts = make_matrix(tuple(heights), columns, largest=largest)
+    expected = torch.cat([dequantize_4bit(packed, state) for packed, state in parts])
+    assert torch.equal(nf4_dequantize(matrix), expected)
+    x = torch.randn(3, columns).bfloat16()
+    product = nf4_matmul_reference(x, matrix)
+    assert product.dtype == x.dtype
+    torch.testing.assert_close(product.float(), x.float() @ expected.T, rtol=2**-8, atol=1e-4)
+
+
+def test_a_matrix_refuses_what_its_bytes_do_not_fit() -> None:
+    matrix, _ = make_matrix((32, 16), 64, largest=1.0)
+    for wrong in ({"columns": 96}, {"heights": (40, 8)}, {"heights": (32,)}):
+        fields = {name: getattr(matrix, name) for name in Nf4Matrix.__slots__}
+        with pytest.raises(AssertionError):
+            Nf4Matrix(**{**fields, **wrong})
+
+
+def test_a_cpu_is_told_why() -> None:
+    assert nf4.why_not(torch.device("cpu")) == "it is no NVIDIA card"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("half", ["BF16=1", "BF16=0"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"])
+def test_the_source_compiles(architecture: str, half: str) -> None:
+    code = cuda_source.compile_source("nf4_matmul.cu", architecture, [half])
+    assert code.startswith(b"\x7fELF")
+    for rows in (8, 16, 32):
+        assert f"nf4_matmul_{rows}".encode() in code
+        assert f"nf4_matmul_{rows}_ragged".encode() in code
+
+
+@needs_nvrtc
+def test_a_source_that_does_not_compile_says_why() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"(?s)nf4_matmul.cu does not compile for sm_80.*COLUMNS"
+    ):
+        cuda_source.compile_source("nf4_matmul.cu", "sm_80", ["BF16=1", "COLUMNS=x"])
