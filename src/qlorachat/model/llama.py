@@ -183,7 +183,7 @@ def _say_whose_kernels(model: Any) -> None:
     """On a card, one line if the NF4 products stay with bitsandbytes."""
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if layers and model.device.type == "cuda" and (reason := why_not(layers)):
-        log.info("bitsandbytes multiplies the NF4 weights, at a third of the speed: %s", reason)
+        log.info("the NF4 weights are multiplied by bitsandbytes, which is slower: %s", reason)
 
 
 def _take(layer: Any, lora: LoraLayer) -> _Layer:
