@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import matmul_4bit
-from bitsandbytes.functional import QuantState, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
 from qlorachat.kernels import nf4
 
@@ -125,6 +125,9 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
     weight = matrix(own, columns)
     moved = weight.packed.numel() + weight.absmax.numel() + 4 * weight.absmax2.numel()
     state, exact = fused_state(own, weight), nf4.nf4_dequantize(weight).double()
+    written = nf4.nf4_write_out(weight, torch.bfloat16)
+    decoded = [dequantize_4bit(packed, own_state) for packed, own_state in own]
+    assert torch.equal(written, torch.cat(decoded)), name
     sets = max(1, int(ROTATED / moved))
     weights = [
         nf4.Nf4Matrix(

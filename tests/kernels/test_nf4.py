@@ -73,6 +73,7 @@ def test_a_cpu_is_told_why() -> None:
 def test_the_source_compiles(architecture: str, half: str) -> None:
     code = cuda_source.compile_source("nf4_matmul.cu", architecture, [half])
     assert code.startswith(b"\x7fELF")
+    assert b"nf4_write_out" in code
     for rows in (8, 16, 32):
         assert f"nf4_matmul_{rows}".encode() in code
         assert f"nf4_matmul_{rows}_ragged".encode() in code

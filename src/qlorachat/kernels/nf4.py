@@ -91,19 +91,31 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     definitions = (f"BF16={int(x.dtype == torch.bfloat16)}",)
     most = _shared_bytes(x.device)
     function = cuda_source.load_kernel(_SOURCE, definitions, name, most, x.device)
-    starts = list(accumulate(weight.heights))
-    first_groups = list(accumulate(weight.groups))
     grid = (-(-(weight.rows // 16) // groups), -(-rows // (8 * shape.tiles)))
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2),
         *(_pairs(weight.code, x.dtype), weight.code2, x, out),
-        *(rows, weight.rows, weight.columns),
-        *_three(starts)[:2],
-        *_three(first_groups)[:2],
-        *_three(weight.offsets),
-        groups,
+        *(rows, *_dimensions(weight), groups),
     )
     cuda_source.launch(function, grid, 32 * shape.warps, shared_bytes, arguments)
+    return out
+
+
+def nf4_write_out(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """The weights in bfloat16 or float16, [N, K], to the bit as bitsandbytes decodes them.
+
+    On a device that `why_not` has nothing against; elsewhere use `nf4_dequantize`.
+    """
+    assert dtype in (torch.bfloat16, torch.float16)
+    out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.packed.device)
+    definitions = (f"BF16={int(dtype == torch.bfloat16)}",)
+    function = cuda_source.load_kernel(_SOURCE, definitions, "nf4_write_out", 0, out.device)
+    arguments = (
+        *(weight.packed, weight.absmax, weight.absmax2, weight.code, weight.code2, out),
+        *_dimensions(weight),
+    )
+    quarters = weight.rows * weight.columns // 16  # of a block, one a thread
+    cuda_source.launch(function, (-(-quarters // 256), 1), 256, 0, arguments)
     return out
 
 
@@ -171,6 +183,17 @@ def _pairs(code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     half = code.to(dtype).view(torch.int16).int() & 0xFFFF
     byte = torch.arange(256, device=code.device)
     return half[byte >> 4] | half[byte & 15] << 16
+
+
+def _dimensions(weight: Nf4Matrix) -> list[int | float]:
+    """What the source calls rows, columns, start1, start2, group1, group2, offset0 to offset2."""
+    starts, groups = accumulate(weight.heights), accumulate(weight.groups)
+    return [
+        *(weight.rows, weight.columns),
+        *_three(list(starts))[:2],
+        *_three(list(groups))[:2],
+        *_three(weight.offsets),
+    ]
 
 
 def _three(values: Sequence[int] | Sequence[float]) -> list[int | float]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.nn import functional
@@ -44,32 +44,10 @@ class Nf4Linear(nn.Module):
             offsets=tuple(float(state.offset) for state in states),
             columns=states[0].shape[1],
         )
-        self._states = _share(states, self._weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, columns) -> (rows, heights)."""
         if len(x) > nf4.MOST_ROWS:
-            return functional.linear(x, self._written_out(x.dtype), self._bias)
+            return functional.linear(x, nf4.nf4_write_out(self._weight, x.dtype), self._bias)
         y = nf4.nf4_matmul(x, self._weight)
         return y if self._bias is None else y + self._bias
-
-    def _written_out(self, dtype: torch.dtype) -> torch.Tensor:
-        weight = self._weight
-        out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.packed.device)
-        packed = weight.packed.split([height * weight.columns // 2 for height in weight.heights])
-        for bytes_of_part, state, rows in zip(
-            packed, self._states, out.split(weight.heights), strict=True
-        ):
-            dequantize_4bit(bytes_of_part.view(-1, 1), state, out=rows)
-        return out
-
-
-def _share(states: Sequence[QuantState], weight: nf4.Nf4Matrix) -> list[QuantState]:
-    """The parts' states with the stacked tensors in place of their own."""
-    sizes = [height * weight.columns // 64 for height in weight.heights]
-    parts = zip(
-        states, weight.absmax.split(sizes), weight.absmax2.split(weight.groups), strict=True
-    )
-    for state, absmax, absmax2 in parts:
-        state.absmax, state.state2.absmax = absmax, absmax2
-    return list(states)
