@@ -19,6 +19,7 @@ from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
 from qlorachat.kernels import nf4
+from qlorachat.kernels.nf4_matmul import nf4_matmul
 
 cuda: Any = torch.cuda
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
@@ -139,17 +140,17 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
     lines = []
     for rows in ROWS:
         x = torch.randn(rows, columns, device="cuda").bfloat16()
-        ours, half = nf4.nf4_matmul(x, weight), nf4.nf4_matmul(x.half(), weight)
+        ours, half = nf4_matmul(x, weight), nf4_matmul(x.half(), weight)
         error = excess(ours, x, exact)
         assert max(error, excess(half, x.half(), exact)) < 1.0, f"{name}, {rows} rows: {error}"
-        assert torch.equal(ours, nf4.nf4_matmul(x, weight))
+        assert torch.equal(ours, nf4_matmul(x, weight))
 
         def theirs(index: int, x: torch.Tensor = x) -> torch.Tensor:
             out: torch.Tensor = matmul_4bit(x, weights[index].packed, state)
             return out
 
         def own_kernel(index: int, x: torch.Tensor = x) -> torch.Tensor:
-            return nf4.nf4_matmul(x, weights[index])
+            return nf4_matmul(x, weights[index])
 
         times = {"ours": graph_time(own_kernel, sets), "bitsandbytes": graph_time(theirs, sets)}
         line = {"shape": name, "rows": rows, "error / bound": round(error, 3)}

@@ -13,6 +13,7 @@ from threading import Event, Timer
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel, Field
 
 from qlorachat import ChatEngine, Frontend, hookimpl
@@ -321,3 +322,9 @@ def test_one_signal_ends_every_frontend(
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert ended == ["hi", "hi"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
+def test_tune_without_a_card_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 2
+    assert "no NVIDIA card" in capsys.readouterr().err

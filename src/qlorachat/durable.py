@@ -42,19 +42,16 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file that is there whole or as it was before. Raises OSError."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, that is there whole or as it was before. Raises OSError."""
     with NamedTemporaryFile(
-        "w",
-        encoding="utf-8",
-        newline="\n",
         dir=path.parent,
         prefix=f"{path.name}{UNFINISHED}",
         delete=False,
     ) as file:
         temporary = Path(file.name)
         try:
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
             file.close()  # Windows renames no open file

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qlorachat.checkpoints import cache_root, clear, list_entries
+from qlorachat.checkpoints import clear, list_entries
 from qlorachat.checkpoints.cache import build_once
 from qlorachat.errors import QlorachatError
+from qlorachat.user_cache import cache_root
 
 # writes 40 files slowly; argv: the file to append a line to for each build
 BUILDER = """

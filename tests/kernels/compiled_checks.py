@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled to machine code for Ampere, on a machine that may have no card.
+"""Every Triton kernel compiled for Ampere and Hopper, on a machine that may have no card.
 
 test_triton.py runs this file in a process of its own. Launchers get CPU tensors of a 7B model's
 shapes; the kernels are compiled for what they ask and not launched.
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlorachat.kernels import activation, attention, lora, norm, rotary
+from qlorachat.kernels import activation, attention, device, lora, norm, rotary
 
 jit: Any = importlib.import_module("triton.runtime.jit")
 driver: Any = importlib.import_module("triton.runtime.driver")
@@ -19,21 +19,24 @@ compiler: Any = importlib.import_module("triton.backends.compiler")
 HALF = torch.bfloat16
 
 
-class Ampere:
+class Driver:
     """As much of a driver as compiling asks for."""
 
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
     def get_current_target(self) -> Any:
-        return compiler.GPUTarget("cuda", 80, 32)
+        return compiler.GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self._capability  # Triton remembers a target for each device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(params=[80, 90])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that were compiled instead of launched."""
     names: list[str] = []
     run = jit.JITFunction.run
@@ -43,7 +46,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(self.__name__)
 
     monkeypatch.setattr(jit.JITFunction, "run", compile_only)
-    monkeypatch.setattr(driver.driver, "_active", Ampere())
+    monkeypatch.setattr(driver.driver, "_active", Driver(request.param))
+    monkeypatch.setattr(device, "starts_early", lambda device: request.param >= 90)
     for module in (activation, attention, lora, norm, rotary):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     return names

@@ -1,5 +1,7 @@
 """NF4 products: the torch reference against bitsandbytes, and the CUDA source for every card."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlorachat.kernels import cuda_source, nf4
-from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize, nf4_matmul_reference
+from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
+from qlorachat.kernels.nf4_matmul import nf4_matmul_reference
 
 needs_nvrtc = pytest.mark.skipif(
     not cuda_source.found(), reason="cuda-bindings or NVRTC is not installed"
@@ -67,21 +70,46 @@ def test_a_cpu_is_told_why() -> None:
     assert nf4.why_not(torch.device("cpu")) == "it is no NVIDIA card"
 
 
+ARCHITECTURES = {"sm_80": 0, "sm_86": 0, "sm_89": 0, "sm_90a": 1024}  # where shared memory begins
+ROWS = {"nf4_matmul.cu": (8, 16, 32), "nf4_matmul_hopper.cu": (8, 16, 32, 64)}
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("half", ["BF16=1", "BF16=0"])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"])
-def test_the_source_compiles(architecture: str, half: str) -> None:
-    code = cuda_source.compile_source("nf4_matmul.cu", architecture, [half])
-    assert code.startswith(b"\x7fELF")
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_the_sources_compile(architecture: str, half: int) -> None:
+    definitions = [f"BF16={half}", f"SHARED_BASE={ARCHITECTURES[architecture]}"]
+    for name, instances in ROWS.items():
+        if architecture != "sm_90a" and name == "nf4_matmul_hopper.cu":
+            continue
+        code = cuda_source.compile_source(name, architecture, definitions)
+        assert code.startswith(b"\x7fELF")
+        for rows in instances:
+            assert f"nf4_matmul_{rows}".encode() in code
+            assert f"nf4_matmul_{rows}_ragged".encode() in code
+    code = cuda_source.compile_source("nf4_write_out.cu", architecture, definitions)
     assert b"nf4_write_out" in code
-    for rows in (8, 16, 32):
-        assert f"nf4_matmul_{rows}".encode() in code
-        assert f"nf4_matmul_{rows}_ragged".encode() in code
+    assert b"find_shared_base" in code
 
 
 @needs_nvrtc
 def test_a_source_that_does_not_compile_says_why() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"(?s)nf4_matmul.cu does not compile for sm_80.*COLUMNS"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)does not compile for sm_80.*COLUMNS"):
         cuda_source.compile_source("nf4_matmul.cu", "sm_80", ["BF16=1", "COLUMNS=x"])
+
+
+@needs_nvrtc
+def test_machine_code_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QLORACHAT_CACHE", str(tmp_path))
+    caplog.set_level("INFO", "qlorachat")
+    arguments = ("nf4_write_out.cu", "sm_89", ["BF16=1", "SHARED_BASE=0"])
+    made = cuda_source.machine_code(*arguments)
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert file.read_bytes() == made
+    assert cuda_source.machine_code(*arguments) == made
+    assert len(caplog.messages) == 1
+    assert "compiling the kernels of nf4_write_out.cu for sm_89" in caplog.messages[0]
+    cuda_source.machine_code("nf4_write_out.cu", "sm_89", ["BF16=0", "SHARED_BASE=0"])
+    assert len(list((tmp_path / "kernels").iterdir())) == 2

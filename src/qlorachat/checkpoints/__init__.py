@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlorachat.checkpoints.architecture import linear_shapes
-    from qlorachat.checkpoints.cache import CacheEntry, cache_root, clear, list_entries
+    from qlorachat.checkpoints.cache import CacheEntry, clear, list_entries
     from qlorachat.checkpoints.checkpoint import Checkpoint, Recipe, locate
     from qlorachat.checkpoints.load import LoadedModel, keep_as_quantized, load_model
     from qlorachat.checkpoints.tokenizer import read_tokenizer
@@ -19,7 +19,6 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "LoadedModel": "load",
     "Recipe": "checkpoint",
-    "cache_root": "cache",
     "clear": "cache",
     "keep_as_quantized": "load",
     "linear_shapes": "architecture",
@@ -33,7 +32,6 @@ __all__ = [
     "Checkpoint",
     "LoadedModel",
     "Recipe",
-    "cache_root",
     "clear",
     "keep_as_quantized",
     "linear_shapes",

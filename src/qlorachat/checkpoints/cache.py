@@ -1,7 +1,6 @@
 """Our own folder of converted models; an entry is there whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 
 from qlorachat.durable import UNFINISHED, sweep, whole_folder
 from qlorachat.errors import ModelError, QlorachatError
+from qlorachat.user_cache import cache_root
 
 MANIFEST = "qlorachat.json"
 
@@ -24,13 +23,6 @@ class CacheEntry:
     name: str
     path: Path
     bytes: int
-
-
-def cache_root() -> Path:
-    """The folder that holds our entries: QLORACHAT_CACHE, else the user's cache folder."""
-    if asked := os.environ.get("QLORACHAT_CACHE"):
-        return Path(asked).expanduser()
-    return user_cache_path("qlorachat", appauthor=False)
 
 
 def list_entries() -> list[CacheEntry]:

@@ -106,7 +106,8 @@ def check(arguments: Sequence[str]) -> None:
 def cache(arguments: Sequence[str]) -> None:
     """Run `qlorachat cache`."""
     settings = parse(CacheSettings, arguments, command="cache")
-    from qlorachat.checkpoints.cache import cache_root, clear, list_entries
+    from qlorachat.checkpoints.cache import clear, list_entries
+    from qlorachat.user_cache import cache_root
 
     entries = list_entries()
     if settings.action == "clear":

@@ -38,6 +38,7 @@ COMMANDS = {
         Command("serve", "serve", "serve one or more frontends: --frontend NAME"),
         Command("train", "train", "train an adapter on a data set"),
         Command("export", "export", "merge an adapter into its base, in 16 bit or as GGUF"),
+        Command("tune", "tune", "measure how a model's NF4 products run best on this card"),
         Command("plugins", "look", "list the installed plugins and what they offer"),
         Command("render", "look", "show the prompt that messages become, as text and token ids"),
         Command("check", "look", "say all that would be refused or warned of in an adapter"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from qlorachat.kernels.device import jit, runs_triton, tl, triton
+from qlorachat.kernels.device import (
+    dependent_launch,
+    jit,
+    runs_triton,
+    tl,
+    triton,
+    wait_for_previous,
+)
 
 _BLOCK = 1024  # columns of one program
 
@@ -22,7 +29,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         return silu_mul_reference(gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
-    _silu_mul_kernel[(rows, triton.cdiv(width, _BLOCK))](gate_up, out, width=width, block=_BLOCK)
+    _silu_mul_kernel[(rows, triton.cdiv(width, _BLOCK))](
+        gate_up, out, width=width, block=_BLOCK, **dependent_launch(gate_up)
+    )
     return out
 
 
@@ -34,8 +43,13 @@ def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 @jit
 def _silu_mul_kernel(
-    gate_up: tl.tensor, out: tl.tensor, width: tl.constexpr, block: tl.constexpr
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    width: tl.constexpr,
+    block: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
+    wait_for_previous(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < width

@@ -9,12 +9,15 @@ from torch.nn import functional
 
 from qlorachat.kernels.device import (
     count_processors,
+    dependent_launch,
     dot_precision,
     jit,
     runs_triton,
     tl,
     triton,
+    wait_for_previous,
 )
+from qlorachat.kernels.tiles import tiled_at, tiled_shape, write_tiled
 
 _TILE = 32  # positions of one load
 _LONG_SPAN = 1024  # positions that one program should not exceed: the others would wait for it
@@ -32,6 +35,7 @@ def paged_decode_attention(
     scale: float,
     out: torch.Tensor,
     splits: int | None = None,
+    tiled: bool = False,
 ) -> None:
     """softmax(scale * q @ keys^T) @ values of each row's own context, written to `out`.
 
@@ -41,14 +45,20 @@ def paged_decode_attention(
     context_lengths: int32 [B], the new token included; 0 for a padding row, whose output is 0.
     splits: a power of two, how many programs share one context; None chooses by card, B and
     max_blocks. On a card nothing waits for the lengths, so a CUDA graph may hold this.
+    tiled: out is tiled instead (see `tiles`), of [B, H * D]; its padding stays as it is.
     """
-    _check(q, key_cache, value_cache, block_tables, context_lengths, out)
+    _check(q, key_cache, value_cache, block_tables, context_lengths)
+    _check_out(out, q, tiled)
     context = (key_cache, value_cache, block_tables, context_lengths)
     if not runs_triton(q):
-        out.copy_(paged_decode_attention_reference(q, *context, scale))
+        mixed = paged_decode_attention_reference(q, *context, scale)
+        if tiled:
+            write_tiled(mixed.flatten(1), out)
+        else:
+            out.copy_(mixed)
         return
     splits = splits or _choose_splits(q, key_cache, block_tables)
-    if splits == 1:
+    if splits == 1 and not tiled:
         _attend(q, *context, scale, out, None)
         return
     rows, heads, head_dim = q.shape
@@ -57,7 +67,13 @@ def paged_decode_attention(
     _attend(q, *context, scale, means, sums)
     shape = {"heads": heads, "head_dim": head_dim, "splits": splits}
     tile = {"tile": _TILE, "column_block": triton.next_power_of_2(head_dim), "num_warps": 2}
-    _combine_kernel[(heads, rows)](means, sums, context_lengths, out, **shape, **tile)
+    _combine_kernel[(heads, rows)](
+        *(means, sums, context_lengths, out),
+        **shape,
+        padded=out.shape[1] if tiled else None,
+        **tile,
+        **dependent_launch(q),
+    )
 
 
 def paged_decode_attention_reference(
@@ -134,17 +150,26 @@ def _check(
     value_cache: torch.Tensor,
     block_tables: torch.Tensor,
     context_lengths: torch.Tensor,
-    out: torch.Tensor,
 ) -> None:
     kv_heads, head_dim = key_cache.shape[2:]
-    assert q.shape == out.shape == (len(q), q.shape[1], head_dim)
+    assert q.shape == (len(q), q.shape[1], head_dim)
     assert q.shape[1] % kv_heads == 0, "query heads are no multiple of the key heads"
     assert key_cache.shape == value_cache.shape
-    assert q.dtype == key_cache.dtype == value_cache.dtype == out.dtype
-    assert all(tensor.is_contiguous() for tensor in (q, key_cache, value_cache, out))
+    assert q.dtype == key_cache.dtype == value_cache.dtype
+    assert all(tensor.is_contiguous() for tensor in (q, key_cache, value_cache))
     assert block_tables.stride(1) == 1
     assert len(block_tables) == len(context_lengths) == len(q)
     assert block_tables.dtype == context_lengths.dtype == torch.int32
+
+
+def _check_out(out: torch.Tensor, q: torch.Tensor, tiled: bool) -> None:
+    if tiled:
+        assert out.shape == tiled_shape(q.shape[1] * q.shape[2], out.shape[1])
+        assert len(q) <= out.shape[1]
+    else:
+        assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert out.is_contiguous()
 
 
 def _choose_splits(q: torch.Tensor, key_cache: torch.Tensor, block_tables: torch.Tensor) -> int:
@@ -185,6 +210,7 @@ def _attend(
         **tile,
         num_warps=4,
         num_stages=5,
+        **dependent_launch(q),
     )
 
 
@@ -208,12 +234,14 @@ def _attend_kernel(
     group_block: tl.constexpr,
     column_block: tl.constexpr,
     precision: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
+    wait_for_previous(early)
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(context_lengths + row)
     span = _span(length, splits, tile)
     start = split * span
-    if splits > 1 and start >= length:
+    if sums is not None and start >= length:
         return
     stop = tl.minimum(start + span, length)
 
@@ -251,11 +279,9 @@ def _attend_kernel(
         peak = new_peak
 
     mean = (mixed / tl.where(total > 0, total, 1.0)[:, None]).to(means.dtype.element_ty)
-    if splits == 1:
-        tl.store(means + at, mean, mask=mine)
-    else:
-        part = head * splits + split
-        tl.store(means + part[:, None] * head_dim + column, mean, mask=mine)
+    part = head * splits + split
+    tl.store(means + part[:, None] * head_dim + column, mean, mask=mine)
+    if sums is not None:
         tl.store(sums + part, peak + tl.log2(total), mask=member < group)
 
 
@@ -268,10 +294,13 @@ def _combine_kernel(
     heads: tl.constexpr,
     head_dim: tl.constexpr,
     splits: tl.constexpr,
+    padded: tl.constexpr,
     tile: tl.constexpr,
     column_block: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
     """The splits' means, weighted by their sums of exponentials."""
+    wait_for_previous(early)
     row = tl.program_id(1)
     head = row * heads + tl.program_id(0)
     split = tl.arange(0, splits)
@@ -288,7 +317,10 @@ def _combine_kernel(
     at = means + part[:, None] * head_dim + column[None, :]
     mixed = tl.load(at, mask=written[:, None] & wide[None, :], other=0.0) * shares[:, None]
     mean = tl.sum(mixed, axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + head * head_dim + column, mean.to(out.dtype.element_ty), mask=wide)
+    at = out + head * head_dim + column
+    if padded is not None:
+        at = out + tiled_at(row, tl.program_id(0) * head_dim + column, padded)
+    tl.store(at, mean.to(out.dtype.element_ty), mask=wide)
 
 
 @jit

@@ -2,13 +2,22 @@
 
 import ctypes
 import functools
+import hashlib
 import importlib
 import importlib.util
+import logging
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 import torch
+
+from qlorachat.durable import write_whole
+from qlorachat.user_cache import cache_root
+
+log = logging.getLogger(__name__)
+
+HEADER = "nf4.cuh"  # which all sources include
 
 
 @functools.cache
@@ -27,14 +36,21 @@ def found() -> bool:
     return True
 
 
+def architecture(device: torch.device) -> str:
+    """What NVRTC calls a card: sm_90a has instructions that no other card has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
 def compile_source(name: str, architecture: str, definitions: Sequence[str]) -> bytes:
     """Machine code of the file `name` beside this one, for an architecture such as sm_90a.
 
     Needs no card. Raises RuntimeError with the compiler's words.
     """
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
-    text = resources.files(__package__).joinpath(name).read_bytes()
-    program = _done(nvrtc.nvrtcCreateProgram(text, name.encode(), 0, [], []))
+    text, header = _read(name), _read(HEADER)
+    headers = ([header], [HEADER.encode()])
+    program = _done(nvrtc.nvrtcCreateProgram(text, name.encode(), 1, *headers))
     flags = [f"-arch={architecture}", "-std=c++17", *(f"-D{each}" for each in definitions)]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
     if status.value:
@@ -46,16 +62,52 @@ def compile_source(name: str, architecture: str, definitions: Sequence[str]) -> 
     return bytes(code)
 
 
+def machine_code(name: str, architecture: str, definitions: Sequence[str]) -> bytes:
+    """What `compile_source` makes, from the user's cache if it was made before."""
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+    compiler = (nvrtc.nvrtcVersion(), architecture, *definitions)
+    made_of = hashlib.sha256(b"".join((_read(name), _read(HEADER), repr(compiler).encode())))
+    path = cache_root() / "kernels" / f"{name}-{architecture}-{made_of.hexdigest()[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        log.info("compiling the kernels of %s for %s, once", name, architecture)
+    code = compile_source(name, architecture, definitions)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, code)
+    except OSError as error:
+        log.info("the compiled kernels can't be kept: %s", error)
+    return code
+
+
+def _read(name: str) -> bytes:
+    return resources.files(__package__).joinpath(name).read_bytes()
+
+
 @functools.cache
-def load_kernel(
-    name: str, definitions: tuple[str, ...], kernel: str, shared_bytes: int, device: torch.device
-) -> Any:
-    """A function of the file for one card; it may have `shared_bytes` of dynamic shared memory."""
-    driver: Any = importlib.import_module("cuda.bindings.driver")
-    function = _done(driver.cuModuleGetFunction(_load(name, definitions, device), kernel.encode()))
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _done(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
-    return function
+def load_kernel(name: str, dtype: torch.dtype, kernel: str, device: torch.device) -> Any:
+    """A function of the file `name` for one card, with as much shared memory as it may want."""
+    module = _load(name, dtype, find_shared_base(device), device)
+    return _function(module, kernel, shared_bytes(device))
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Dynamic shared memory that one block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def find_shared_base(device: torch.device) -> int:
+    """Where dynamic shared memory begins, a constant to the sources; waits for the card."""
+    function = _function(
+        _load("nf4_write_out.cu", torch.bfloat16, 0, device), "find_shared_base", 0
+    )
+    base = torch.zeros(1, dtype=torch.int32, device=device)
+    launch(function, (1, 1), 1, 1024, [base], device)
+    return int(base)
 
 
 def launch(
@@ -64,17 +116,31 @@ def launch(
     threads: int,
     shared_bytes: int,
     arguments: Sequence[torch.Tensor | int | float],
+    device: torch.device,
+    *,
+    early: bool = False,
 ) -> None:
-    """Launch on torch's current stream: tensors by address, int as int32, float as float32."""
+    """Launch on torch's current stream: tensors by address, int as int32, float as float32.
+
+    early: it waits by itself for the kernel before it (programmatic dependent launch); only where
+    `device.starts_early`.
+    """
     driver: Any = importlib.import_module("cuda.bindings.driver")
     values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
     types = tuple(_type(argument) for argument in arguments)
-    stream = torch.cuda.current_stream().cuda_stream
-    _done(
-        driver.cuLaunchKernel(
-            function, *grid, 1, threads, 1, 1, shared_bytes, stream, (values, types), 0
-        )
-    )
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = torch.cuda.current_stream(device).cuda_stream
+    if early:
+        kinds = driver.CUlaunchAttributeID
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    with torch.cuda.device(device):
+        _done(driver.cuLaunchKernelEx(config, function, (values, types), 0))
 
 
 def _type(argument: torch.Tensor | int | float) -> Any:
@@ -84,12 +150,21 @@ def _type(argument: torch.Tensor | int | float) -> Any:
 
 
 @functools.cache
-def _load(name: str, definitions: tuple[str, ...], device: torch.device) -> Any:
+def _load(name: str, dtype: torch.dtype, shared_base: int, device: torch.device) -> Any:
     driver: Any = importlib.import_module("cuda.bindings.driver")
-    major, minor = torch.cuda.get_device_capability(device)
-    code = compile_source(name, f"sm_{major}{minor}", definitions)
+    definitions = [f"BF16={int(dtype == torch.bfloat16)}", f"SHARED_BASE={shared_base}"]
+    code = machine_code(name, architecture(device), definitions)
     with torch.cuda.device(device):
         return _done(driver.cuModuleLoadData(code))
+
+
+def _function(module: Any, kernel: str, most_shared_bytes: int) -> Any:
+    driver: Any = importlib.import_module("cuda.bindings.driver")
+    function = _done(driver.cuModuleGetFunction(module, kernel.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if most_shared_bytes:
+        _done(driver.cuFuncSetAttribute(function, attribute, most_shared_bytes))
+    return function
 
 
 def _done(answer: tuple[Any, ...]) -> Any:

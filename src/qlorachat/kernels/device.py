@@ -1,5 +1,7 @@
 """Where Triton runs: each kernel asks here, and is its torch version where the answer is no."""
 
+from __future__ import annotations
+
 import functools
 import importlib
 import importlib.util
@@ -28,6 +30,30 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     if not _FOUND:
         return False
     return bool(triton.knobs.runtime.interpret) or (tensor.is_cuda and _is_ampere(tensor.device))
+
+
+@functools.cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it runs: from Hopper on."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def dependent_launch(tensor: torch.Tensor) -> dict[str, bool]:
+    """Options of a Triton kernel that calls `wait_for_previous` before it touches anything."""
+    early = starts_early(tensor.device)
+    return {"early": early, "launch_pdl": True} if early else {"early": False}
+
+
+@jit
+def wait_for_previous(early: tl.constexpr) -> None:
+    """Let the next kernel start, and wait until what the kernels before wrote is there."""
+    if early:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @functools.cache

@@ -13,11 +13,13 @@ from itertools import pairwise
 import torch
 
 from qlorachat.kernels.device import (
+    dependent_launch,
     dot_precision,
     jit,
     runs_triton,
     tl,
     triton,
+    wait_for_previous,
 )
 
 _ROWS = 16  # of one program; tensor cores take no fewer
@@ -52,6 +54,7 @@ def lora_shrink(x: torch.Tensor, a: torch.Tensor, slots: torch.Tensor) -> torch.
         precision=dot_precision(x.dtype),
         **tile,
         num_warps=2,
+        **dependent_launch(x),
     )
     return sums
 
@@ -97,6 +100,7 @@ def lora_expand_add(
         output_block=_OUTPUTS,
         rank_block=max(16, triton.next_power_of_2(rank)),
         num_warps=4,
+        **dependent_launch(y),
     )
 
 
@@ -142,7 +146,9 @@ def _shrink_kernel(
     input_block: tl.constexpr,
     span: tl.constexpr,
     precision: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
+    wait_for_previous(early)
     split = tl.program_id(1)
     row = tl.program_id(2) * row_block + tl.arange(0, row_block)
     rank = tl.program_id(0) * rank_block + tl.arange(0, rank_block)
@@ -187,7 +193,9 @@ def _expand_kernel(
     row_block: tl.constexpr,
     rank_block: tl.constexpr,
     output_block: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
+    wait_for_previous(early)
     part = tl.program_id(1)
     start = tl.where(part == 0, 0, tl.where(part == 1, first_stop, second_stop))
     stop = tl.where(part == 0, first_stop, tl.where(part == 1, second_stop, third_stop))
@@ -204,14 +212,7 @@ def _expand_kernel(
 
     total = tl.zeros([row_block, output_block], tl.float32)
     inside = (column < stop)[:, None] & (depth < rank)[None, :]
-    slot = _next_slot(mine, 0)
-    while slot < 2147483647:
-        own = b + (slot - 1).to(tl.int64) * (outputs * rank)
-        weights = tl.load(own + column[:, None] * rank + depth[None, :], mask=inside, other=0.0)
-        values = tl.where((mine == slot)[:, None], shrunk, 0.0)
-        weights = tl.trans(weights.to(tl.float32))
-        total = tl.dot(values, weights, total, input_precision="tf32x3")
-        slot = _next_slot(mine, slot)
+    total = expand_slots(shrunk, b, mine, column, depth, inside, total, outputs, rank)
 
     scale = tl.load(scales + row, mask=mine > 0, other=0.0)
     at = row[:, None] * outputs + column[None, :]
@@ -219,6 +220,34 @@ def _expand_kernel(
     old = tl.load(y + at, mask=touched, other=0.0)
     new = old.to(tl.float32) + scale[:, None] * total
     tl.store(y + at, new.to(old.dtype), mask=touched)
+
+
+@jit
+def expand_slots(
+    shrunk: tl.tensor,
+    b: tl.tensor,
+    slots: tl.tensor,
+    column: tl.tensor,
+    depth: tl.tensor,
+    inside: tl.tensor,
+    total: tl.tensor,
+    outputs: tl.constexpr,
+    rank: tl.constexpr,
+) -> tl.tensor:
+    """total + shrunk @ B^T, float32 [rows, columns], each row with the B of its slot.
+
+    shrunk: float32 [rows, depths]. slots: [rows]; rows of slot 0 get nothing. column: [columns] of
+    B's outputs, depth: [depths] of its ranks, inside: [columns, depths], where B is looked at.
+    """
+    slot = _next_slot(slots, 0)
+    while slot < 2147483647:
+        own = b + (slot - 1).to(tl.int64) * (outputs * rank)
+        weights = tl.load(own + column[:, None] * rank + depth[None, :], mask=inside, other=0.0)
+        values = tl.where((slots == slot)[:, None], shrunk, 0.0)
+        weights = tl.trans(weights.to(tl.float32))
+        total = tl.dot(values, weights, total, input_precision="tf32x3")
+        slot = _next_slot(slots, slot)
+    return total
 
 
 @jit

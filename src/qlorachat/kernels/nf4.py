@@ -1,4 +1,4 @@
-"""NF4 weights in bitsandbytes' own bytes, double quantization kept: product with few rows."""
+"""NF4 weights in bitsandbytes' own bytes, double quantization kept."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 
 from qlorachat.kernels import cuda_source
-from qlorachat.kernels.device import count_processors
-
-MOST_ROWS = 64  # above, it is better to write the weights out and multiply
-_SOURCE = "nf4_matmul.cu"
-_TABLE_BYTES = 65536  # of shared memory, TABLE in the source
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,47 +52,14 @@ class Nf4Matrix:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why `nf4_matmul` can't run on a device; None where it can."""
+    """Why our products can't run on a device; None where it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "it is no NVIDIA card"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "its tensor cores are older than Ampere's"
-    return (
-        None
-        if cuda_source.found()
-        else "cuda-bindings or NVRTC is not installed: pip install qlorachat[cuda]"
-    )
-
-
-def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
-    """x @ weight^T, [M, N], of x's dtype; sums in float32.
-
-    x: [M, K], contiguous, bfloat16 or float16, 1 to 64 rows. The weight's two-level absmax is
-    applied to each block's float32 sum; only the 16 code values are rounded to the dtype. On a
-    device that `why_not` has nothing against; elsewhere use `nf4_matmul_reference`.
-    """
-    rows = len(x)
-    assert x.shape == (rows, weight.columns)
-    assert x.is_contiguous()
-    assert x.dtype in (torch.bfloat16, torch.float16)
-    assert 1 <= rows <= MOST_ROWS
-    out = x.new_empty(rows, weight.rows)
-    shape = _shape(rows)
-    groups = _groups_of_a_block(weight.rows // 16, shape, x.device)
-    shared_bytes = _TABLE_BYTES + groups * shape.bytes_of_a_group
-    aligned = weight.columns // 64 % shape.chunk == 0
-    name = f"nf4_matmul_{8 * shape.tiles}" + ("" if aligned else "_ragged")
-    definitions = (f"BF16={int(x.dtype == torch.bfloat16)}",)
-    most = _shared_bytes(x.device)
-    function = cuda_source.load_kernel(_SOURCE, definitions, name, most, x.device)
-    grid = (-(-(weight.rows // 16) // groups), -(-rows // (8 * shape.tiles)))
-    arguments = (
-        *(weight.packed, weight.absmax, weight.absmax2),
-        *(_pairs(weight.code, x.dtype), weight.code2, x, out),
-        *(rows, *_dimensions(weight), groups),
-    )
-    cuda_source.launch(function, grid, 32 * shape.warps, shared_bytes, arguments)
-    return out
+    if not cuda_source.found():
+        return "cuda-bindings or NVRTC is not installed (pip install qlorachat[cuda])"
+    return None
 
 
 def nf4_write_out(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
@@ -108,20 +69,14 @@ def nf4_write_out(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
     """
     assert dtype in (torch.bfloat16, torch.float16)
     out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.packed.device)
-    definitions = (f"BF16={int(dtype == torch.bfloat16)}",)
-    function = cuda_source.load_kernel(_SOURCE, definitions, "nf4_write_out", 0, out.device)
+    function = cuda_source.load_kernel("nf4_write_out.cu", dtype, "nf4_write_out", out.device)
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2, weight.code, weight.code2, out),
-        *_dimensions(weight),
+        *dimensions(weight),
     )
     quarters = weight.rows * weight.columns // 16  # of a block, one a thread
-    cuda_source.launch(function, (-(-quarters // 256), 1), 256, 0, arguments)
+    cuda_source.launch(function, (-(-quarters // 256), 1), 256, 64, arguments, out.device)
     return out
-
-
-def nf4_matmul_reference(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
-    """`nf4_matmul` in plain torch, on any device; the weights are written out in float32."""
-    return (x.float() @ nf4_dequantize(weight).T).to(x.dtype)
 
 
 def nf4_dequantize(weight: Nf4Matrix) -> torch.Tensor:
@@ -144,49 +99,16 @@ def absmax(weight: Nf4Matrix) -> torch.Tensor:
     return torch.cat(scales)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """How a kernel of the source is instanced."""
-
-    tiles: int  # of 8 rows of x
-    chunk: int  # blocks of 64 weights
-    warps: int
-
-    @property
-    def bytes_of_a_group(self) -> int:
-        """Shared memory for the partial sums of 16 weight rows."""
-        return 512 * self.tiles * self.warps
-
-
-def _shape(rows: int) -> _Shape:
-    if rows <= 8:
-        return _Shape(1, 4, 16)
-    return _Shape(2, 2, 16) if rows <= 16 else _Shape(4, 2, 8)
-
-
-def _groups_of_a_block(groups: int, shape: _Shape, device: torch.device) -> int:
-    """One wave of blocks, if their partial sums fit."""
-    fitting = (_shared_bytes(device) - _TABLE_BYTES) // shape.bytes_of_a_group
-    return max(1, min(-(-groups // count_processors(device)), fitting))
-
-
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    """Dynamic shared memory that one block may have."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
-
-
-@functools.cache
-def _pairs(code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def byte_pairs(code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int32 [256]: the two weights that each byte stands for, the first in the low half."""
     half = code.to(dtype).view(torch.int16).int() & 0xFFFF
     byte = torch.arange(256, device=code.device)
     return half[byte >> 4] | half[byte & 15] << 16
 
 
-def _dimensions(weight: Nf4Matrix) -> list[int | float]:
-    """What the source calls rows, columns, start1, start2, group1, group2, offset0 to offset2."""
+def dimensions(weight: Nf4Matrix) -> list[int | float]:
+    """What the sources call rows, columns, start1, start2, group1, group2, offset0 to offset2."""
     starts, groups = accumulate(weight.heights), accumulate(weight.groups)
     return [
         *(weight.rows, weight.columns),

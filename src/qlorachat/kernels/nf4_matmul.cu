@@ -1,130 +1,18 @@
-// y = x W^T for few rows of x, from bitsandbytes' own NF4 bytes, double quantization decoded here.
+// y = x W^T for few rows of x, on any card from Ampere on (mma.sync).
 //
 // Weights are the wide operand (A) of mma.m16n8k16, rows of x the narrow one (B): 1 to 8 rows cost
 // the same. A block owns some groups of 16 weight rows, its warps share out K in chunks of CHUNK
-// blocks of 64 weights, and partial sums meet in shared memory. K may be permuted inside a block of
-// 64 as long as x follows, so a byte (two weights) is one operand register without a shuffle of
-// nibbles. absmax is applied to the float32 sums of a block, where it is exact.
-//
-// Written without headers, for NVRTC. Compiled with BF16 as 1 or 0 (float16).
+// blocks of 64 weights, and partial sums meet in shared memory. absmax is applied to the float32 sums
+// of a block of 64, where it is exact.
 
-typedef unsigned int u32;
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-constexpr int TABLE = 65536;  // bytes
-
-// Entry b of the table, at b * 256: 32 copies, one a lane, of the weights of the nibbles of b (high
-// nibble first, as bitsandbytes stores them), then 32 of the float32 that absmax byte b stands for.
-extern __shared__ __align__(1024) u8 shared[];
-
-__device__ __forceinline__ uint4 load_once(const u8* at) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-  return v;
-}
-
-// byte `i` of `word` becomes bits 8 to 15 of an address whose bits 0 to 7 are the lane's
-__device__ __forceinline__ u32 look_up(u32 word, u32 lane_offset, u32 i) {
-  return *reinterpret_cast<const u32*>(shared + __byte_perm(word, lane_offset, 0x7504u | i << 4));
-}
-
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if BF16
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u16 round_to_half(float value) {
-  u16 half;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-#endif
-  return half;
-}
-
-struct Matrix {
-  const u8* packed;       // [N, K / 2]
-  const u8* absmax;       // [N, K / 64]
-  const float* absmax2;   // of 256 absmax bytes each; each part begins a group of its own
-  int rows, columns;      // N, K
-  int start1, start2;     // first rows of the second and third part, N where there is none
-  int group1, group2;     // their first group in absmax2
-  float offset0, offset1, offset2;
-};
-
-// What a lane loads of 16 rows and CHUNK blocks: rows g and g + 8.
-// ALIGNED: K is a multiple of CHUNK blocks, so that a chunk lies in one group of 256 absmax bytes.
-template <int CHUNK, bool ALIGNED> struct Tile {
-  uint4 words[CHUNK];                         // by pairs of blocks: row g, row g + 8
-  u32 scales[2];                              // absmax bytes, one a block
-  float groups[2][ALIGNED ? 1 : CHUNK];       // and their absmax2
-  float offset;
-};
-
-template <int CHUNK, bool ALIGNED>
-__device__ __forceinline__ void load(Tile<CHUNK, ALIGNED>& tile, const Matrix& m, int group, int block, int lane) {
-  const int blocks = m.columns >> 6, quad = lane >> 2, t = lane & 3;
-  const int row = group * 16 + quad;
-  const int part = (group * 16 >= m.start1) + (group * 16 >= m.start2);  // parts are whole groups of 16
-  const int start = part == 0 ? 0 : part == 1 ? m.start1 : m.start2;
-  const int first = part == 0 ? 0 : part == 1 ? m.group1 : m.group2;
-  tile.offset = part == 0 ? m.offset0 : part == 1 ? m.offset1 : m.offset2;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int mine = row + 8 * half;
-    const u8* at = m.packed + static_cast<u64>(mine) * (m.columns >> 1) + block * 32 + t * 16;
-#pragma unroll
-    for (int pair = 0; pair < CHUNK / 2; pair++) {
-      const bool inside = block + 2 * pair + (t >> 1) < blocks;
-      tile.words[2 * pair + half] = inside ? load_once(at + 64 * pair) : make_uint4(0, 0, 0, 0);
-    }
-    const int index = (mine - start) * blocks + block;
-    const u8* scale = m.absmax + static_cast<u64>(start) * blocks + index;
-    if (ALIGNED) {
-      tile.scales[half] = CHUNK == 4 ? __ldg(reinterpret_cast<const u32*>(scale))
-                                     : __ldg(reinterpret_cast<const u16*>(scale));
-      tile.groups[half][0] = __ldg(m.absmax2 + first + (index >> 8));
-    } else {
-      tile.scales[half] = 0;
-#pragma unroll
-      for (int j = 0; j < CHUNK; j++) {
-        const bool inside = block + j < blocks;  // beyond, the words and x are 0
-        tile.scales[half] |= inside ? static_cast<u32>(__ldg(scale + j)) << (8 * j) : 0;
-        tile.groups[half][ALIGNED ? 0 : j] = inside ? __ldg(m.absmax2 + first + ((index + j) >> 8)) : 0.f;
-      }
-    }
-  }
-}
-
-// A 16-byte load gave lane t half of block t / 2 of a pair: two words go to lane t ^ 2, so that every
-// lane has 8 bytes of each block. Lane t then has weights 16 t' to 16 t' + 15, t' = 0, 2, 1, 3.
-template <int CHUNK, bool ALIGNED>
-__device__ __forceinline__ void exchange(Tile<CHUNK, ALIGNED>& tile, int t) {
-  const bool upper = t & 2;
-#pragma unroll
-  for (int j = 0; j < CHUNK; j += 2) {
-    const uint4 low = tile.words[j], high = tile.words[j + 1];  // rows g and g + 8
-    const u32 a = __shfl_xor_sync(~0u, upper ? low.x : low.z, 2), b = __shfl_xor_sync(~0u, upper ? low.y : low.w, 2);
-    const u32 c = __shfl_xor_sync(~0u, upper ? high.x : high.z, 2), d = __shfl_xor_sync(~0u, upper ? high.y : high.w, 2);
-    tile.words[j] = upper ? make_uint4(a, b, c, d) : make_uint4(low.x, low.y, high.x, high.y);
-    tile.words[j + 1] = upper ? make_uint4(low.z, low.w, high.z, high.w) : make_uint4(a, b, c, d);
-  }
-}
+#include "nf4.cuh"
 
 // COLUMNS: rows of x in tiles of 8. CHUNK: blocks of 64 that a warp takes at a time. WARPS share K.
 // DEPTH: tiles on their way to a warp.
 template <int COLUMNS, int CHUNK, int WARPS, int DEPTH, bool ALIGNED>
 __device__ __forceinline__ void nf4_matmul(const Matrix& m, const u32* table, const float* code2,
                                            const u16* x, u16* y, int x_rows, int groups_per_block) {
+  let_next_start();
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, quad = lane >> 2, t = lane & 3;
   const int blocks = m.columns >> 6, chunks = (blocks + CHUNK - 1) / CHUNK;
   const int first_group = blockIdx.x * groups_per_block;
@@ -136,21 +24,14 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const u32* table, co
   Tile<CHUNK, ALIGNED> tiles[DEPTH];
   int load_group = 0, load_chunk = warp, loaded = 0;
   auto load_next = [&](Tile<CHUNK, ALIGNED>& tile) {
-    if (loaded < steps) load(tile, m, first_group + load_group, load_chunk * CHUNK, lane);
+    if (loaded < steps) load(tile, m, find(m, first_group + load_group, lane), load_chunk * CHUNK, lane);
     loaded++;
     if (++load_group == groups) { load_group = 0; load_chunk += WARPS; }
   };
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) load_next(tiles[d]);
-  for (int entry = tid; entry < 256; entry += WARPS * 32) {
-    const u32 pair = __ldg(table + entry), scale = __ldg(reinterpret_cast<const u32*>(code2) + entry);
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const int at = (j + entry) & 7;  // spreads the stores over the banks
-      reinterpret_cast<uint4*>(shared + entry * 256)[at] = make_uint4(pair, pair, pair, pair);
-      reinterpret_cast<uint4*>(shared + entry * 256 + 128)[at] = make_uint4(scale, scale, scale, scale);
-    }
-  }
+  fill_table(table, code2, WARPS * 32);
+  wait_for_previous();
   __syncthreads();
 
   const int place = 16 * ((t & 1) * 2 + (t >> 1));
@@ -247,31 +128,3 @@ INSTANCE(nf4_matmul_32, 4, 2, 8, 2, true)
 INSTANCE(nf4_matmul_8_ragged, 1, 4, 16, 2, false)
 INSTANCE(nf4_matmul_16_ragged, 2, 2, 16, 3, false)
 INSTANCE(nf4_matmul_32_ragged, 4, 2, 8, 2, false)
-
-// The weights written out, [N, K]: a thread has 8 bytes, a quarter of a block. Rounds as bitsandbytes.
-extern "C" __global__ void __launch_bounds__(256) nf4_write_out(
-    const u8* packed, const u8* absmax, const float* absmax2, const float* code, const float* code2,
-    uint4* out, int rows, int columns, int start1, int start2, int group1, int group2,
-    float offset0, float offset1, float offset2) {
-  __shared__ float values[16];
-  if (threadIdx.x < 16) values[threadIdx.x] = code[threadIdx.x];
-  __syncthreads();
-  const int blocks = columns >> 6, index = blockIdx.x * 256 + threadIdx.x, block = index >> 2;
-  if (block >= rows * blocks) return;
-  const int part = (block >= start1 * blocks) + (block >= start2 * blocks);
-  const int start = part == 0 ? 0 : part == 1 ? start1 : start2;
-  const int first = part == 0 ? 0 : part == 1 ? group1 : group2;
-  const float offset = part == 0 ? offset0 : part == 1 ? offset1 : offset2;
-  const float scale2 = __ldg(absmax2 + first + ((block - start * blocks) >> 8));
-  const float scale = __fadd_rn(__fmul_rn(__ldg(code2 + __ldg(absmax + block)), scale2), offset);
-  const uint2 words = __ldg(reinterpret_cast<const uint2*>(packed) + index);
-  u32 pairs[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const u32 byte = (i < 4 ? words.x : words.y) >> (8 * (i & 3)) & 255;
-    const u32 low = round_to_half(values[byte >> 4] * scale);
-    pairs[i] = low | static_cast<u32>(round_to_half(values[byte & 15] * scale)) << 16;
-  }
-  out[2 * index] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  out[2 * index + 1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
-}

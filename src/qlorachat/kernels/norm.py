@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from qlorachat.kernels.device import jit, runs_triton, tl, triton
+from qlorachat.kernels.device import (
+    dependent_launch,
+    jit,
+    runs_triton,
+    tl,
+    triton,
+    wait_for_previous,
+)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -71,7 +78,11 @@ def _launch(
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 512))
     _norm_kernel[(rows,)](
-        x, residual, weight, normed, total, eps, width=width, block=block, num_warps=warps
+        *(x, residual, weight, normed, total, eps),
+        width=width,
+        block=block,
+        num_warps=warps,
+        **dependent_launch(x),
     )
 
 
@@ -85,7 +96,9 @@ def _norm_kernel(
     eps: float,
     width: tl.constexpr,
     block: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
+    wait_for_previous(early)
     columns = tl.arange(0, block)
     inside = columns < width
     at = tl.program_id(0).to(tl.int64) * width + columns

@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from qlorachat.kernels.device import jit, runs_triton, tl, triton
+from qlorachat.kernels.device import (
+    dependent_launch,
+    jit,
+    runs_triton,
+    tl,
+    triton,
+    wait_for_previous,
+)
 
 _HEADS = 4  # of one program
 
@@ -38,7 +45,19 @@ def rope_and_cache(
     grid = (len(qkv), triton.cdiv(all_heads, _HEADS))
     shape = {"heads": q.shape[1], "kv_heads": kv_heads, "half": half}
     tile = {"head_block": _HEADS, "half_block": triton.next_power_of_2(half), "num_warps": 1}
-    _rope_kernel[grid](qkv, cos, sin, positions, slots, q, key_cache, value_cache, **shape, **tile)
+    _rope_kernel[grid](
+        qkv,
+        cos,
+        sin,
+        positions,
+        slots,
+        q,
+        key_cache,
+        value_cache,
+        **shape,
+        **tile,
+        **dependent_launch(qkv),
+    )
     return q
 
 
@@ -132,7 +151,9 @@ def _rope_kernel(
     half: tl.constexpr,
     head_block: tl.constexpr,
     half_block: tl.constexpr,
+    early: tl.constexpr,
 ) -> None:
+    wait_for_previous(early)
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * head_block + tl.arange(0, head_block))[:, None]
     column = tl.arange(0, half_block)[None, :]

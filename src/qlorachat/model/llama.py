@@ -1,123 +1,21 @@
 """PagedLlama: the forward pass of a Llama-style model, taken over from a transformers model."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
 from qlorachat import kernels
 from qlorachat.model.cache import KVCache
-from qlorachat.model.fusion import fuse, pack
-from qlorachat.model.lora import AdapterStacks, LoraLayer, LoraRows
+from qlorachat.model.fused_decode import FusedDecode, why_not_fused
+from qlorachat.model.layer import Layer, take_layer
+from qlorachat.model.lora import AdapterStacks, LoraRows
 from qlorachat.model.nf4_linear import why_not
+from qlorachat.model.rows import Rows
 
 log = logging.getLogger(__name__)
-
-
-class Attention(Protocol):
-    """How the rows of a step look at the cache."""
-
-    def __call__(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Queries (rows, heads, head_dim) on one layer's cache -> (rows, heads * head_dim)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What a step computes; all tensors of length rows, on the device."""
-
-    ids: torch.Tensor  # int64
-    positions: torch.Tensor  # int32, in the sequence
-    slots: torch.Tensor  # int32, block * block_size + offset in the cache; -1 writes nothing
-    attention: Attention
-    lora: LoraRows
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """One row a sequence: attention over its blocks."""
-
-    block_tables: torch.Tensor  # int32 (rows, blocks)
-    context_lengths: torch.Tensor  # int32 (rows,), the row's own token included
-
-    def __call__(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        scale, out = queries.shape[-1] ** -0.5, torch.empty_like(queries)
-        kernels.paged_decode_attention(
-            queries, keys, values, self.block_tables, self.context_lengths, scale, out
-        )
-        return out.view(queries.shape[0], -1)
-
-
-@dataclass(frozen=True, slots=True)
-class GatheredRows:
-    """As DecodeRows, with each row's places listed once for all layers: quicker on a CPU."""
-
-    places: kernels.Places
-
-    def __call__(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        scale = queries.shape[-1] ** -0.5
-        out = kernels.gathered_decode_attention(queries, keys, values, self.places, scale)
-        return out.view(queries.shape[0], -1)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Rows `start` to `end` are the last ones of `context_length` tokens in these blocks."""
-
-    start: int
-    end: int
-    context_length: int
-    blocks: torch.Tensor  # int64 (blocks,)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunks:
-    """Rows of several sequences, one chunk after the other: causal attention, chunk by chunk."""
-
-    chunks: Sequence[PrefillChunk]
-
-    def __call__(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        parts = [_attend(chunk, queries, keys, values) for chunk in self.chunks]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _attend(
-    chunk: PrefillChunk, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
-    rows, context = chunk.end - chunk.start, chunk.context_length
-    q = queries[chunk.start : chunk.end].transpose(0, 1)[None]
-    k = keys[chunk.blocks].flatten(0, 1)[:context].transpose(0, 1)[None]
-    v = values[chunk.blocks].flatten(0, 1)[:context].transpose(0, 1)[None]
-    grouped = q.shape[1] != k.shape[1]
-    whole = rows == context
-    mask = None if whole else causal_lower_right(rows, context)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=grouped)
-    return out[0].transpose(0, 1).reshape(rows, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: torch.Tensor
-    qkv: nn.Module
-    output: nn.Module
-    mlp_norm: torch.Tensor
-    gate_up: nn.Module
-    down: nn.Module
-    lora: LoraLayer
 
 
 class PagedLlama:
@@ -139,11 +37,18 @@ class PagedLlama:
         self._epsilon: float = model.config.rms_norm_eps
         self._cos, self._sin = _rope_tables(model)
         self._layers = [
-            _take(layer, adapters.layer(index)) for index, layer in enumerate(model.model.layers)
+            take_layer(layer, adapters.layer(index))
+            for index, layer in enumerate(model.model.layers)
         ]
+        self._fused: FusedDecode | None = None
+        if why_not_fused(self._layers, self.dtype) is None:
+            rope = (self._cos, self._sin)
+            self._fused = FusedDecode(self._layers, self._embedding, rope, self._epsilon)
 
     def hidden(self, rows: Rows, cache: KVCache) -> torch.Tensor:
         """The final hidden state of every row, (rows, hidden), its keys and values cached."""
+        if self._fused is not None and self._fused.takes(rows):
+            return kernels.rms_norm(self._fused(rows, cache), self._norm, self._epsilon)
         residual = self._embedding[rows.ids]
         x = kernels.rms_norm(residual, self._layers[0].attention_norm, self._epsilon)
         for index, layer in enumerate(self._layers):
@@ -160,7 +65,7 @@ class PagedLlama:
         return logits
 
     def _attention(
-        self, layer: _Layer, x: torch.Tensor, rows: Rows, keys: torch.Tensor, values: torch.Tensor
+        self, layer: Layer, x: torch.Tensor, rows: Rows, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         qkv = layer.lora.qkv.add(layer.qkv(x), x, rows.lora)
         queries = kernels.rope_and_cache(
@@ -169,7 +74,7 @@ class PagedLlama:
         attended = rows.attention(queries, keys, values)
         return layer.lora.output.add(layer.output(attended), attended, rows.lora)
 
-    def _mlp(self, layer: _Layer, x: torch.Tensor, lora: LoraRows) -> torch.Tensor:
+    def _mlp(self, layer: Layer, x: torch.Tensor, lora: LoraRows) -> torch.Tensor:
         inner = kernels.silu_mul(layer.lora.gate_up.add(layer.gate_up(x), x, lora))
         return layer.lora.down.add(layer.down(inner), inner, lora)
 
@@ -184,19 +89,6 @@ def _say_whose_kernels(model: Any) -> None:
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if layers and model.device.type == "cuda" and (reason := why_not(layers)):
         log.info("the NF4 weights are multiplied by bitsandbytes, which is slower: %s", reason)
-
-
-def _take(layer: Any, lora: LoraLayer) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
-        attention_norm=layer.input_layernorm.weight,
-        qkv=pack(fuse([attention.q_proj, attention.k_proj, attention.v_proj])),
-        output=pack(fuse([attention.o_proj])),
-        mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=pack(fuse([mlp.gate_proj, mlp.up_proj])),
-        down=pack(fuse([mlp.down_proj])),
-        lora=lora,
-    )
 
 
 def _rope_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor]:

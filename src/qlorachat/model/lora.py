@@ -88,6 +88,11 @@ class LoraLayer:
     gate_up: LoraProjection
     down: LoraProjection
 
+    @property
+    def projections(self) -> list[LoraProjection]:
+        """In the order of a step."""
+        return [self.qkv, self.output, self.gate_up, self.down]
+
 
 class AdapterStacks:
     """The stacked adapters of every layer."""
@@ -120,9 +125,9 @@ class AdapterStacks:
 
     def allocate(self, slots: int, rank: int) -> None:
         """Make room; every adapter has to be written again."""
-        self.slots, self.rank = slots, rank
+        self.slots, self.rank = slots, _whole_tiles(rank)
         for projection in self._projections():
-            projection.allocate(slots, rank, self._dtype, self._device)
+            projection.allocate(slots, self.rank, self._dtype, self._device)
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Copy an adapter into a slot."""
@@ -131,14 +136,16 @@ class AdapterStacks:
 
     def bytes_of(self, slots: int, rank: int) -> int:
         """What `allocate` would take."""
+        rank = _whole_tiles(rank)
         elements = sum(
             len(p.modules) * rank * p.inputs + p.columns[-1] * rank for p in self._projections()
         )
         return slots * elements * self._dtype.itemsize
 
     def _projections(self) -> list[LoraProjection]:
-        return [
-            projection
-            for layer in self._layers
-            for projection in (layer.qkv, layer.output, layer.gate_up, layer.down)
-        ]
+        return [projection for layer in self._layers for projection in layer.projections]
+
+
+def _whole_tiles(rank: int) -> int:
+    """What a tensor core takes at a time is 16."""
+    return -(-rank // 16) * 16

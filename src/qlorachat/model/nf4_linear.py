@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from qlorachat.kernels import nf4
+from qlorachat.kernels.nf4_matmul import MOST_ROWS, nf4_matmul
 
 
 def why_not(parts: Sequence[Linear4bit]) -> str | None:
@@ -33,8 +34,8 @@ class Nf4Linear(nn.Module):
     def __init__(self, parts: Sequence[Linear4bit], bias: nn.Parameter | None) -> None:
         super().__init__()
         states: list[QuantState] = [part.weight.quant_state for part in parts]
-        self._bias = bias.data if bias is not None else None
-        self._weight = nf4.Nf4Matrix(
+        self.bias: torch.Tensor | None = bias.data if bias is not None else None
+        self.weight = nf4.Nf4Matrix(
             packed=torch.cat([part.weight.data.flatten() for part in parts]),
             absmax=torch.cat([state.absmax for state in states]),
             absmax2=torch.cat([state.state2.absmax for state in states]),
@@ -47,7 +48,7 @@ class Nf4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, columns) -> (rows, heights)."""
-        if len(x) > nf4.MOST_ROWS:
-            return functional.linear(x, nf4.nf4_write_out(self._weight, x.dtype), self._bias)
-        y = nf4.nf4_matmul(x, self._weight)
-        return y if self._bias is None else y + self._bias
+        if len(x) > MOST_ROWS:
+            return functional.linear(x, nf4.nf4_write_out(self.weight, x.dtype), self.bias)
+        y = nf4_matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,173 @@
+// What NF4 kernels share: bitsandbytes' bytes on their way into the operand registers of tensor cores.
+//
+// K may be permuted inside a block of 64 weights as long as x follows, so a byte (two neighbours) is
+// one operand register without a shuffle of nibbles. Written without headers, for NVRTC. Compiled
+// with BF16 as 1 or 0 (float16).
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+constexpr int TABLE = 65536;  // bytes
+
+// Entry b of the table, at b * 256: 32 copies, one a lane, of the weights of the nibbles of b (high
+// nibble first, as bitsandbytes stores them), then 32 of the float32 that absmax byte b stands for.
+extern __shared__ __align__(1024) u8 shared[];
+
+// Where `shared` begins in shared memory: known to the compiler, it costs no instruction.
+#ifndef SHARED_BASE
+#define SHARED_BASE 0  // for the kernel that finds it out
+#endif
+extern "C" __global__ void find_shared_base(u32* base) {
+  *base = static_cast<u32>(__cvta_generic_to_shared(shared));
+}
+
+// Programmatic dependent launch: the next kernel may start while this one runs, as this one may have
+// started while the one before it ran. Nothing that a kernel wrote is touched before the wait.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ uint4 load_once(const u8* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+  return v;
+}
+
+// byte `i` of `word` becomes bits 8 to 15 of an address whose bits 0 to 7 are the lane's
+__device__ __forceinline__ u32 look_up(u32 word, u32 lane_offset, u32 i) {
+  u32 value;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];"
+               : "=r"(value) : "r"(__byte_perm(word, lane_offset, 0x7504u | i << 4)), "n"(SHARED_BASE));
+  return value;
+}
+
+// By all threads of a block; a barrier must follow.
+__device__ __forceinline__ void fill_table(const u32* pairs, const float* code2, int threads) {
+  if (__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
+  for (int entry = threadIdx.x; entry < 256; entry += threads) {
+    const u32 pair = __ldg(pairs + entry), scale = __ldg(reinterpret_cast<const u32*>(code2) + entry);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const int at = (j + entry) & 7;  // spreads the stores over the banks
+      reinterpret_cast<uint4*>(shared + entry * 256)[at] = make_uint4(pair, pair, pair, pair);
+      reinterpret_cast<uint4*>(shared + entry * 256 + 128)[at] = make_uint4(scale, scale, scale, scale);
+    }
+  }
+}
+
+__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u16 round_to_half(float value) {
+  u16 half;
+#if BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+#endif
+  return half;
+}
+
+struct Matrix {
+  const u8* packed;       // [N, K / 2]
+  const u8* absmax;       // [N, K / 64]
+  const float* absmax2;   // of 256 absmax bytes each; each part begins a group of its own
+  int rows, columns;      // N, K
+  int start1, start2;     // first rows of the second and third part, N where there is none
+  int group1, group2;     // their first group in absmax2
+  float offset0, offset1, offset2;
+};
+
+// What a lane loads of 16 rows and CHUNK blocks: rows g and g + 8.
+// ALIGNED: K is a multiple of CHUNK blocks, so that a chunk lies in one group of 256 absmax bytes.
+template <int CHUNK, bool ALIGNED> struct Tile {
+  uint4 words[CHUNK];                         // by pairs of blocks: row g, row g + 8
+  u32 scales[2];                              // absmax bytes, one a block
+  float groups[2][ALIGNED ? 1 : CHUNK];       // and their absmax2
+  float offset;
+};
+
+// Where a lane finds the first of its two rows of a group of 16; the other one is 8 rows below.
+struct Place {
+  int packed, absmax;  // bytes from the start, at block 0
+  int index, first;    // of its absmax in its part, and of the part's absmax2
+  float offset;
+};
+
+__device__ __forceinline__ Place find(const Matrix& m, int group, int lane) {
+  const int blocks = m.columns >> 6, row = group * 16 + (lane >> 2);
+  const int part = (group * 16 >= m.start1) + (group * 16 >= m.start2);  // parts are whole groups
+  const int start = part == 0 ? 0 : part == 1 ? m.start1 : m.start2;
+  Place place;
+  place.packed = row * (m.columns >> 1) + (lane & 3) * 16;
+  place.absmax = row * blocks;
+  place.index = (row - start) * blocks;
+  place.first = part == 0 ? 0 : part == 1 ? m.group1 : m.group2;
+  place.offset = part == 0 ? m.offset0 : part == 1 ? m.offset1 : m.offset2;
+  return place;
+}
+
+template <int CHUNK, bool ALIGNED>
+__device__ __forceinline__ void load(Tile<CHUNK, ALIGNED>& tile, const Matrix& m, const Place& place,
+                                     int block, int lane) {
+  const int blocks = m.columns >> 6;
+  tile.offset = place.offset;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const u8* at = m.packed + (place.packed + half * 4 * m.columns + block * 32);
+#pragma unroll
+    for (int pair = 0; pair < CHUNK / 2; pair++) {
+      const bool inside = ALIGNED || block + 2 * pair + ((lane & 3) >> 1) < blocks;
+      tile.words[2 * pair + half] = inside ? load_once(at + 64 * pair) : make_uint4(0, 0, 0, 0);
+    }
+    const u8* scale = m.absmax + (place.absmax + half * 8 * blocks + block);
+    const int index = place.index + half * 8 * blocks + block;
+    if (ALIGNED) {
+      tile.scales[half] = CHUNK == 4 ? __ldg(reinterpret_cast<const u32*>(scale))
+                                     : __ldg(reinterpret_cast<const u16*>(scale));
+      tile.groups[half][0] = __ldg(m.absmax2 + (place.first + (index >> 8)));
+    } else {
+      tile.scales[half] = 0;
+#pragma unroll
+      for (int j = 0; j < CHUNK; j++) {
+        const bool inside = block + j < blocks;  // beyond, the words and x are 0
+        tile.scales[half] |= inside ? static_cast<u32>(__ldg(scale + j)) << (8 * j) : 0;
+        tile.groups[half][ALIGNED ? 0 : j] =
+            inside ? __ldg(m.absmax2 + (place.first + ((index + j) >> 8))) : 0.f;
+      }
+    }
+  }
+}
+
+// A 16-byte load gave lane t half of block t / 2 of a pair: two words go to lane t ^ 2, so that every
+// lane has 8 bytes of each block. Lane t then has weights 16 t' to 16 t' + 15, t' = 0, 2, 1, 3.
+template <int CHUNK, bool ALIGNED>
+__device__ __forceinline__ void exchange(Tile<CHUNK, ALIGNED>& tile, int t) {
+  const bool upper = t & 2;
+#pragma unroll
+  for (int j = 0; j < CHUNK; j += 2) {
+    const uint4 low = tile.words[j], high = tile.words[j + 1];  // rows g and g + 8
+    const u32 a = __shfl_xor_sync(~0u, upper ? low.x : low.z, 2), b = __shfl_xor_sync(~0u, upper ? low.y : low.w, 2);
+    const u32 c = __shfl_xor_sync(~0u, upper ? high.x : high.z, 2), d = __shfl_xor_sync(~0u, upper ? high.y : high.w, 2);
+    tile.words[j] = upper ? make_uint4(a, b, c, d) : make_uint4(low.x, low.y, high.x, high.y);
+    tile.words[j + 1] = upper ? make_uint4(low.z, low.w, high.z, high.w) : make_uint4(a, b, c, d);
+  }
+}

@@ -1,0 +1,116 @@
+"""The product of few rows with an NF4 weight and their adapters' A in one launch, on Hopper."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qlorachat.kernels import cuda_source
+from qlorachat.kernels.device import count_processors
+from qlorachat.kernels.nf4 import Nf4Matrix, byte_pairs, dimensions, nf4_dequantize
+from qlorachat.kernels.nf4_matmul import TABLE_BYTES
+from qlorachat.kernels.tiles import untile
+from qlorachat.kernels.tuned import tuned_blocks
+
+_STAGES = 4  # of the ring of x, STAGES in the source
+_UNIT_BLOCKS = 4  # blocks of 64 k in a unit, CHUNK in the source
+_SPLITS = 4  # of K among the blocks that multiply with A
+_FREE = 4  # processors left to those
+
+
+class _Instance(NamedTuple):
+    """How the kernel for some padded rows is compiled."""
+
+    threads: int
+    per_processor: int  # blocks
+
+
+INSTANCES = {
+    8: _Instance(256, 2),
+    16: _Instance(256, 2),
+    32: _Instance(384, 1),
+    64: _Instance(384, 1),
+}
+
+
+def runs_tiled(device: torch.device) -> bool:
+    """Whether `nf4_matmul_tiled` is a kernel where `nf4.why_not` has nothing against."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def nf4_matmul_tiled(
+    x: torch.Tensor,
+    rows: int,
+    weight: Nf4Matrix,
+    sums: torch.Tensor,
+    a: torch.Tensor | None = None,
+    shrunk: torch.Tensor | None = None,
+    *,
+    blocks: int | None = None,
+) -> None:
+    """sums += weight x, and shrunk += a x, in one launch; float32 atomic adds, in no order.
+
+    x: tiled [blocks, P, 64] (`tiles.tile`), bfloat16 or float16, P of 8, 16, 32 or 64 padded rows,
+    `rows` of them real. sums: float32 [N, P]. a: [ranks, K], contiguous, of x's dtype, the A of all
+    adapters one below the other, ranks a multiple of 16. shrunk: float32 [ranks, P].
+    blocks: how many share the product; None: see `tuned`.
+    """
+    padded = x.shape[1]
+    assert x.shape == (-(-weight.columns // 256) * 4, padded, 64)
+    assert padded in INSTANCES
+    assert 1 <= rows <= padded
+    assert sums.shape == (weight.rows, padded)
+    assert sums.dtype == torch.float32
+    assert all(tensor.is_contiguous() for tensor in (x, sums))
+    ranks = 0
+    if a is not None:
+        ranks = len(a)
+        assert shrunk is not None
+        assert a.shape == (ranks, weight.columns)
+        assert ranks % 16 == 0
+        assert a.is_contiguous()
+        assert a.dtype == x.dtype
+        assert shrunk.shape == (ranks, padded)
+        assert shrunk.is_contiguous()
+    if not x.is_cuda:
+        nf4_matmul_tiled_reference(x, rows, weight, sums, a, shrunk)
+        return
+    threads, per_processor = INSTANCES[padded]
+    aligned = weight.columns // 64 % _UNIT_BLOCKS == 0
+    name = f"nf4_matmul_{padded}" + ("" if aligned else "_ragged")
+    function = cuda_source.load_kernel("nf4_matmul_hopper.cu", x.dtype, name, x.device)
+    tuned = tuned_blocks("nf4_matmul_tiled", padded, (weight.rows, weight.columns), x.device)
+    blocks = blocks or tuned or per_processor * (count_processors(x.device) - _FREE)
+    ring = _STAGES * (_UNIT_BLOCKS * padded * 128 + 16)
+    partial = 16 * padded * threads // 8  # float32 sums of A x, one of every warp
+    arguments = (
+        *(weight.packed, weight.absmax, weight.absmax2),
+        *(byte_pairs(weight.code, x.dtype), weight.code2, x, sums),
+        *(sums if a is None else a, sums if shrunk is None else shrunk),
+        *(rows, *dimensions(weight), ranks, _SPLITS, blocks),
+    )
+    cuda_source.launch(
+        function,
+        (blocks + ranks // 16 * _SPLITS, 1),
+        threads,
+        max(TABLE_BYTES + ring, partial),
+        arguments,
+        x.device,
+        early=True,
+    )
+
+
+def nf4_matmul_tiled_reference(
+    x: torch.Tensor,
+    rows: int,
+    weight: Nf4Matrix,
+    sums: torch.Tensor,
+    a: torch.Tensor | None = None,
+    shrunk: torch.Tensor | None = None,
+) -> None:
+    """`nf4_matmul_tiled` in plain torch; the weights are written out in float32."""
+    plain = untile(x, x.shape[1], weight.columns).float().T
+    sums[:, :rows] += nf4_dequantize(weight) @ plain[:, :rows]
+    if a is not None and shrunk is not None:
+        shrunk += a.float() @ plain

@@ -1,0 +1,68 @@
+"""Rows as the NF4 product reads them on Hopper: wgmma's operand with 128-byte swizzle.
+
+A tiled x is [blocks, P, 64]: blocks of 64 columns, in units of 4 of them, and P padded rows. What
+is padding, of either kind, is allocated zero and stays so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from qlorachat.kernels.device import jit, tl
+
+_BLOCK = 64  # columns
+_UNIT = 4  # blocks
+_LANE_ORDER = [0, 2, 1, 3]  # which lane of a quad multiplies each 16 columns; its own inverse
+
+
+def rows_padded(rows: int) -> int:
+    """P, the rows of a tiled x that has `rows` real ones: 8, 16, 32 or 64."""
+    assert 1 <= rows <= 64
+    return max(8, 1 << (rows - 1).bit_length())
+
+
+def tiled_shape(columns: int, padded: int) -> tuple[int, int, int]:
+    """The shape of a tiled x [`padded` rows, `columns`]."""
+    assert columns % _BLOCK == 0
+    return -(-columns // (_UNIT * _BLOCK)) * _UNIT, padded, _BLOCK
+
+
+def tile(x: torch.Tensor, padded: int) -> torch.Tensor:
+    """x [M, K] tiled, [blocks, P, 64], with zeros for padding; M is at most P = `padded`."""
+    rows, columns = x.shape
+    blocks = tiled_shape(columns, padded)[0]
+    full = functional.pad(x, (0, blocks * _BLOCK - columns, 0, padded - rows))
+    lanes = full.view(padded, blocks, 4, 4, 2, 2)[:, :, _LANE_ORDER]  # [P, blocks, t, s, h, e]
+    return _swizzle(lanes.permute(1, 0, 3, 4, 2, 5).reshape(blocks, padded, 8, 8))
+
+
+def untile(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The first rows and columns of a tiled x, [rows, columns]."""
+    blocks, padded, _ = tiled.shape
+    chunks = _swizzle(tiled.view(blocks, padded, 8, 8))
+    lanes = chunks.view(blocks, padded, 4, 2, 4, 2).permute(1, 0, 4, 2, 3, 5)[:, :, _LANE_ORDER]
+    return lanes.reshape(padded, blocks * _BLOCK)[:rows, :columns]
+
+
+def write_tiled(x: torch.Tensor, tiled: torch.Tensor) -> None:
+    """x [M, K] written to a tiled tensor, whose padding stays as it is."""
+    rows, columns = x.shape
+    tiled[: columns // _BLOCK, :rows] = tile(x, tiled.shape[1])[: columns // _BLOCK, :rows]
+
+
+def _swizzle(chunks: torch.Tensor) -> torch.Tensor:
+    """[blocks, P, 8, 8] with the 8 pieces of each row at their place xor the row's last bits."""
+    blocks, padded = chunks.shape[:2]
+    row = torch.arange(padded, device=chunks.device)[:, None]
+    place = torch.arange(8, device=chunks.device) ^ (row & 7)
+    return chunks[:, row, place].view(blocks, padded, _BLOCK)
+
+
+@jit
+def tiled_at(row: tl.tensor, column: tl.tensor, padded: tl.constexpr) -> tl.tensor:
+    """The place of (row, column) in a tiled tensor of `padded` rows."""
+    inner = column % 64
+    lane = (inner // 16 % 2) * 2 + inner // 32
+    chunk = (inner % 16 // 2) ^ (row % 8)
+    return (column // 64 * padded + row) * 64 + chunk * 8 + lane * 2 + inner % 2

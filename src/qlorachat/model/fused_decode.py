@@ -1,0 +1,196 @@
+"""A decode step in ten launches a layer, on Hopper.
+
+A product leaves float32 sums of W x and, beside them, A x of every adapter. The kernel that reads
+them adds each row's B, and writes the next product's input. A norm's factor is applied late: by the
+reader of the product that follows it, for W (factor * x) = factor * (W x).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlorachat import kernels
+from qlorachat.kernels.decode_step import rope_and_cache_sums, silu_mul_sums
+from qlorachat.kernels.nf4 import Nf4Matrix
+from qlorachat.kernels.nf4_matmul import MOST_ROWS
+from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.residual import add_to_residual, begin_residual
+from qlorachat.kernels.sums import RowAdapters
+from qlorachat.kernels.tiles import rows_padded, tiled_shape
+from qlorachat.model.cache import KVCache
+from qlorachat.model.layer import Layer
+from qlorachat.model.lora import LoraProjection
+from qlorachat.model.nf4_linear import Nf4Linear
+from qlorachat.model.rows import DecodeRows, Rows
+
+
+def why_not_fused(layers: Sequence[Layer], dtype: torch.dtype) -> str | None:
+    """Why a model's decode steps can't be fused; None: they can."""
+    projections = [each for layer in layers for each in layer.projections]
+    if not all(isinstance(each, Nf4Linear) for each in projections):
+        return "not all projections are in NF4 on our kernels"
+    if any(each.bias is not None for each in projections):
+        return "projections have biases"
+    if not runs_tiled(layers[0].attention_norm.device):
+        return "the card is no Hopper"
+    if dtype != torch.bfloat16:
+        return "float16 has too small a range for a norm that is applied late"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A fused projection and the adapters beside it; `number` counts them through the model."""
+
+    weight: Nf4Matrix
+    lora: LoraProjection
+    number: int
+
+    @property
+    def ranks(self) -> int:
+        """Rows of A of all slots."""
+        slots, ranks = self.lora.a.shape[:2] if self.lora.a.ndim == 3 else (0, 0)
+        return slots * ranks
+
+
+class _Workspace:
+    """What the kernels of a step hand on, for one count of padded rows and of adapters' ranks."""
+
+    def __init__(self, products: Sequence[_Product], like: torch.Tensor, padded: int) -> None:
+        widths = [products[place].weight.columns for place in (0, 1, 3)]
+        self.hidden, self.attended, self.inner = (
+            like.new_zeros(tiled_shape(width, padded)) for width in widths
+        )
+        self._padded = padded
+        most = max(product.weight.rows for product in products)
+        # zero between launches: whoever reads a sum writes 0 back
+        self._sums = torch.zeros(most * padded, device=like.device)
+        # zero at the start of a step: squares of the rows before each norm, A x of each product
+        counts = [len(products) // 2, *(product.ranks for product in products)]
+        self.cleared = torch.empty(sum(counts), padded, device=like.device)
+        self.squares, *self.shrunk = self.cleared.split(counts)
+
+    def sums(self, outputs: int) -> torch.Tensor:
+        """Float32 [outputs, P], of one product at a time."""
+        return self._sums[: outputs * self._padded].view(outputs, self._padded)
+
+
+class FusedDecode:
+    """The residual stream of decode rows after the last layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        embedding: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        epsilon: float,
+    ) -> None:
+        """`rope`: cosines and sines of every position. Of layers that `why_not_fused` allows."""
+        pairs = [
+            (own.weight, lora)
+            for layer in layers
+            for own, lora in zip(layer.projections, layer.lora.projections, strict=True)
+            if isinstance(own, Nf4Linear)
+        ]
+        self._products = [_Product(*pair, number) for number, pair in enumerate(pairs)]
+        # the norm before the attention and the one before the MLP of each layer
+        self._norms = [norm for each in layers for norm in (each.attention_norm, each.mlp_norm)]
+        self._embedding, self._rope, self._epsilon = embedding, rope, epsilon
+        self._workspaces: dict[tuple[int, int], _Workspace] = {}
+
+    def takes(self, rows: Rows) -> bool:
+        return isinstance(rows.attention, DecodeRows) and len(rows.ids) <= MOST_ROWS
+
+    def __call__(self, rows: Rows, cache: KVCache) -> torch.Tensor:
+        """(rows, hidden), before the final norm; keys and values are cached."""
+        workspace = self._workspace(len(rows.ids))
+        try:
+            return self._run(rows, cache, workspace)
+        except BaseException:
+            self._workspaces.clear()  # it may hold sums that are not zero
+            raise
+
+    def _workspace(self, rows: int) -> _Workspace:
+        """Kept, since CUDA graphs hold its addresses."""
+        padded, ranks = rows_padded(rows), sum(product.ranks for product in self._products)
+        if (padded, ranks) not in self._workspaces:
+            self._workspaces = {at: own for at, own in self._workspaces.items() if at[1] == ranks}
+            new = _Workspace(self._products, self._embedding, padded)
+            self._workspaces[padded, ranks] = new
+        return self._workspaces[padded, ranks]
+
+    def _run(self, rows: Rows, cache: KVCache, space: _Workspace) -> torch.Tensor:
+        space.cleared.zero_()
+        residual = self._embedding.new_empty(len(rows.ids), self._embedding.shape[1])
+        into = (self._norms[0], space.hidden)
+        begin_residual(rows.ids, self._embedding, *into, residual, space.squares[0])
+        for index in range(len(self._norms) // 2):
+            qkv, output, gate_up, down = self._products[4 * index : 4 * index + 4]
+            sums, lora = _multiply(qkv, space.hidden, rows, space)
+            late = self._late_norm(space, 2 * index)
+            self._attend(sums, lora, late, rows, space, cache.keys[index], cache.values[index])
+            sums, lora = _multiply(output, space.attended, rows, space)
+            self._add(sums, lora, residual, space, 2 * index + 1)
+            sums, lora = _multiply(gate_up, space.hidden, rows, space)
+            late = self._late_norm(space, 2 * index + 1)
+            silu_mul_sums(sums, lora, *late, space.inner, len(rows.ids))
+            sums, lora = _multiply(down, space.inner, rows, space)
+            self._add(sums, lora, residual, space, 2 * index + 2)
+        return residual
+
+    def _attend(
+        self,
+        sums: torch.Tensor,
+        lora: RowAdapters | None,
+        late: tuple[torch.Tensor, int, float],
+        rows: Rows,
+        space: _Workspace,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        assert isinstance(rows.attention, DecodeRows)
+        head_dim = keys.shape[-1]
+        heads = sums.shape[0] // head_dim - 2 * keys.shape[-2]
+        queries = keys.new_empty(len(rows.ids), heads, head_dim)
+        places = (*self._rope, rows.positions, rows.slots)
+        rope_and_cache_sums(sums, lora, *late, *places, keys, values, queries)
+        tables, lengths = rows.attention.block_tables, rows.attention.context_lengths
+        scale = head_dim**-0.5
+        kernels.paged_decode_attention(
+            queries, keys, values, tables, lengths, scale, space.attended, tiled=True
+        )
+
+    def _late_norm(self, space: _Workspace, norm: int) -> tuple[torch.Tensor, int, float]:
+        """What a reader of sums needs for a norm's factor: squares, their count, epsilon."""
+        return space.squares[norm], self._embedding.shape[1], self._epsilon
+
+    def _add(
+        self,
+        sums: torch.Tensor,
+        lora: RowAdapters | None,
+        residual: torch.Tensor,
+        space: _Workspace,
+        norm: int,
+    ) -> None:
+        """Into the residual, and from it the input of the product after norm number `norm`."""
+        if norm == len(self._norms):
+            add_to_residual(sums, lora, residual, None, None, None)
+        else:
+            into = (self._norms[norm], space.hidden, space.squares[norm])
+            add_to_residual(sums, lora, residual, *into)
+
+
+def _multiply(
+    product: _Product, x: torch.Tensor, rows: Rows, space: _Workspace
+) -> tuple[torch.Tensor, RowAdapters | None]:
+    """W x, and what adds the rows' adapters to it."""
+    sums = space.sums(product.weight.rows)
+    lora = rows.lora
+    if not lora.active or lora.slots is None or lora.scales is None:
+        nf4_matmul_tiled(x, len(rows.ids), product.weight, sums)
+        return sums, None
+    a, shrunk = product.lora.a.flatten(0, 1), space.shrunk[product.number]
+    nf4_matmul_tiled(x, len(rows.ids), product.weight, sums, a, shrunk)
+    adapters = RowAdapters(shrunk, product.lora.b, lora.slots, lora.scales)
+    return sums, adapters
