@@ -10,7 +10,7 @@ of tokens inside. Writes bench/results/decode.json.
 import argparse
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import count, pairwise
@@ -29,8 +29,9 @@ from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
 from random_model import adapter, build, opened, scaled
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
-PROMPT, ANSWER = 192, 128  # tokens: contexts of 192 to 320, 256 on average
-BATCHES = (1, 8, 32, 64)
+ANSWER = 128  # tokens; the context is that of the middle of the answer
+PROMPT = 192  # tokens, where no context is said
+CASES = ((1, 1024), (1, 256), (8, 256), (32, 256), (64, 256), (64, 1024))  # batch, context
 STEP_GAP = 3.0  # microseconds: kernels of one graph follow each other faster
 
 ids = count(1)
@@ -67,13 +68,19 @@ def main() -> None:
     reference = peer(model, one, record, timed=not arguments.no_peer)
     backend = PagedBackend(opened(model, arguments.size), max_sequences=64, prefix_caching=False)
     record["plan"] = str(backend.plan)
-    for each in (one, *(scaled(one, seed) for seed in (2, 3, 4))):
+    wide = adapter(model, rank=64, seed=9) if arguments.rank < 64 else None
+    for each in (one, *(scaled(one, seed) for seed in range(2, 9)), *([wide] if wide else [])):
         backend.load_adapter(each)
     check(backend, one, reference, record)
-    for batch in BATCHES:
-        decode_rows(backend, one, batch, record)
+    for batch, context in CASES:
+        decode_rows(backend, batch, context, {"base": [None], "one adapter": [one]}, record)
     prefill_rows(backend, one, record)
     profile_steps(backend, one, record)
+    eight = [one, *(scaled(one, seed) for seed in range(2, 9))]
+    decode_rows(backend, 32, 256, {"eight adapters": eight}, record)
+    if wide is not None:
+        for batch, context in ((1, 1024), (32, 256)):
+            decode_rows(backend, batch, context, {"one adapter of rank 64": [wide]}, record)
     backend.close()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -111,18 +118,22 @@ def decode_rate(streams: Sequence[Stream]) -> float:
     return made / (end - start)
 
 
-def decode_rows(backend: PagedBackend, one: Adapter, batch: int, record: dict[str, Any]) -> None:
-    prompts = [random_prompt(PROMPT, seed) for seed in range(batch)]
-    hashes = [f"{seed:064x}" for seed in (1, 2, 3, 4)]
-    rows: dict[str, list[str | None]] = {
-        "base": [None] * batch,
-        "one adapter": [one.sha256] * batch,
-        "four adapters": [hashes[i % 4] for i in range(batch)],
-    }
-    for name, adapters in rows.items():
-        run(backend, prompts, adapters, 8)  # graphs are captured
-        rates = sorted(decode_rate(run(backend, prompts, adapters, ANSWER)) for _ in range(3))
-        note(record, f"engine, batch {batch}, {name}, tokens/s", round(rates[1], 1))
+def decode_rows(
+    backend: PagedBackend,
+    batch: int,
+    context: int,
+    kinds: Mapping[str, Sequence[Adapter | None]],
+    record: dict[str, Any],
+) -> None:
+    """Each kind's adapters are given to the rows in turn."""
+    prompts = [random_prompt(context - ANSWER // 2, seed) for seed in range(batch)]
+    for name, adapters in kinds.items():
+        hashes = [None if each is None else each.sha256 for each in adapters]
+        rows = [hashes[i % len(hashes)] for i in range(batch)]
+        run(backend, prompts, rows, 8)  # graphs are captured
+        rates = sorted(decode_rate(run(backend, prompts, rows, ANSWER)) for _ in range(3))
+        key = f"engine, batch {batch}, context {context}, {name}, tokens/s"
+        note(record, key, round(rates[1], 1))
 
 
 def prefill_rows(backend: PagedBackend, one: Adapter, record: dict[str, Any]) -> None:
@@ -137,7 +148,7 @@ def prefill_rows(backend: PagedBackend, one: Adapter, record: dict[str, Any]) ->
 
 
 def profile_steps(backend: PagedBackend, one: Adapter, record: dict[str, Any]) -> None:
-    """Where a decode step's time goes: kernels by name, and the share in which none runs."""
+    """Where a decode step's time goes: kernels by name, waiting included, and when none runs."""
     for batch in (1, 32):
         prompts = [random_prompt(PROMPT, seed) for seed in range(batch)]
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -147,7 +158,10 @@ def profile_steps(backend: PagedBackend, one: Adapter, record: dict[str, Any]) -
             key=lambda e: e.time_range.start,
         )
         events = events[len(events) // 2 : -len(events) // 10]  # the middle: decode steps only
-        busy = sum(e.time_range.end - e.time_range.start for e in events)
+        busy, reached = 0.0, 0.0  # kernels overlap: one starts while the one before it runs
+        for event in events:
+            busy += max(0.0, event.time_range.end - max(reached, event.time_range.start))
+            reached = max(reached, event.time_range.end)
         span = events[-1].time_range.end - events[0].time_range.start
         note(record, f"batch {batch}, device idle, %", round(100 * (1 - busy / span), 1))
         gaps = [b.time_range.start - a.time_range.end for a, b in pairwise(events)]

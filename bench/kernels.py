@@ -9,7 +9,7 @@ bench/results/kernels.json.
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
 from qlorachat.kernels import nf4
 from qlorachat.kernels.nf4_matmul import nf4_matmul
+from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.tiles import rows_padded, tile
 
 cuda: Any = torch.cuda
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
@@ -152,14 +154,47 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
         def own_kernel(index: int, x: torch.Tensor = x) -> torch.Tensor:
             return nf4_matmul(x, weights[index])
 
-        times = {"ours": graph_time(own_kernel, sets), "bitsandbytes": graph_time(theirs, sets)}
-        line = {"shape": name, "rows": rows, "error / bound": round(error, 3)}
+        times = {"mma": graph_time(own_kernel, sets), "bitsandbytes": graph_time(theirs, sets)}
+        line: dict[str, Any] = {"shape": name, "rows": rows, "mma, error / bound": round(error, 3)}
+        if runs_tiled(x.device):
+            line |= measure_tiled(x, weights, exact, copy)
         for which, time in times.items():
             line[f"{which}, us"] = round(time, 2)
             line[f"{which}, % of copy"] = round(100 * moved / time / 1e3 / copy, 1)
         lines.append(line)
         print(line, flush=True)
     return lines
+
+
+def measure_tiled(
+    x: torch.Tensor, weights: Sequence[nf4.Nf4Matrix], exact: torch.Tensor, copy: float
+) -> dict[str, Any]:
+    """Hopper's kernel, alone and with an adapter of rank 16 in its launch."""
+    weight, rows, padded = weights[0], len(x), rows_padded(len(x))
+    tiled, sums = tile(x, padded), torch.zeros(weight.rows, padded, device="cuda")
+    ranks = 16 * len(weight.heights)
+    adapter = Shrinking(
+        a=(torch.randn(1, ranks, weight.columns, device="cuda") * 0.02).bfloat16(),
+        slots=torch.ones(rows, dtype=torch.int32, device="cuda"),
+        shrunk=torch.zeros(ranks, padded, device="cuda"),
+    )
+    nf4_matmul_tiled(tiled, rows, weight, sums, adapter)
+    error = excess(sums[:, :rows].T, x, exact)
+    expected = x.double() @ adapter.a[0].double().T
+    shrunk = adapter.shrunk[:, :rows].T.double()
+    assert error < 1.0, f"tiled, {rows} rows: {error}"
+    assert float((shrunk - expected).norm() / expected.norm()) < 1e-5
+    moved = weight.packed.numel() + weight.absmax.numel() + 4 * weight.absmax2.numel()
+    line: dict[str, Any] = {"wgmma, error / bound": round(error, 3)}
+    for name, own in {"wgmma": None, "wgmma with A": adapter}.items():
+
+        def launch(index: int, own: Shrinking | None = own) -> None:
+            nf4_matmul_tiled(tiled, rows, weights[index], sums, own)
+
+        time = graph_time(launch, len(weights))
+        line |= {f"{name}, us": round(time, 2)}
+        line |= {f"{name}, % of copy": round(100 * moved / time / 1e3 / copy, 1)}
+    return line
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from qlorachat.errors import ConfigError
 from qlorachat.kernels import nf4, tuned
 from qlorachat.kernels.device import count_processors
 from qlorachat.kernels.nf4_matmul import nf4_matmul
-from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 
 cuda: Any = torch.cuda
@@ -44,7 +44,7 @@ def tune(
     if reason := nf4.why_not(device):
         raise ConfigError(f"There is nothing to tune on {device}: {reason}.")
     measured = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.cuda.device(device):
         for heights, columns in _products(shapes):
             weights = _random_weights(heights, columns, device)
             for rows in ROWS:
@@ -74,6 +74,7 @@ def _random_weights(
     count = max(2, ROTATED * properties.L2_cache_size // (elements // 2))
     groups = sum(-(-height * columns // 64 // 256) for height in heights)
     spread = torch.linspace(-1, 1, 256, device=device)
+    code = spread[::17].contiguous()
 
     def random_bytes(size: int) -> torch.Tensor:
         return torch.randint(256, (size,), dtype=torch.uint8, device=device)
@@ -83,7 +84,7 @@ def _random_weights(
             packed=random_bytes(elements // 2),
             absmax=random_bytes(elements // 64),
             absmax2=torch.rand(groups, device=device),
-            code=spread[::17],
+            code=code,
             code2=spread,
             heights=heights,
             offsets=(0.0,) * len(heights),
@@ -125,11 +126,14 @@ def _tiled(x: torch.Tensor, rows: int, weight: nf4.Nf4Matrix) -> Launch:
     """With an adapter of rank 16 beside the weight."""
     ranks, padded = 16 * len(weight.heights), x.shape[1]
     sums = torch.zeros(weight.rows, padded, device=x.device)
-    a = torch.randn(ranks, weight.columns, device=x.device, dtype=x.dtype)
-    shrunk = torch.zeros(ranks, padded, device=x.device)
+    adapter = Shrinking(
+        a=torch.randn(1, ranks, weight.columns, device=x.device, dtype=x.dtype),
+        slots=torch.ones(rows, dtype=torch.int32, device=x.device),
+        shrunk=torch.zeros(ranks, padded, device=x.device),
+    )
 
     def launch(weight: nf4.Nf4Matrix, blocks: int | None) -> None:
-        nf4_matmul_tiled(x, rows, weight, sums, a, shrunk, blocks=blocks)
+        nf4_matmul_tiled(x, rows, weight, sums, adapter, blocks=blocks)
 
     return launch
 

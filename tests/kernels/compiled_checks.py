@@ -62,9 +62,9 @@ def integers(*shape: int) -> torch.Tensor:
 
 
 def attend() -> None:
-    cache = zeros(2, 16, 32, 128)
-    context = (cache, cache, integers(4, 8), integers(4))
-    for splits in (1, 4):
+    for kv_heads, splits in ((32, 1), (8, 4)):
+        cache = zeros(2, 16, kv_heads, 128)
+        context = (cache, cache, integers(4, 8), integers(4))
         attention.paged_decode_attention(
             zeros(4, 32, 128), *context, 0.1, zeros(4, 32, 128), splits
         )

@@ -71,7 +71,7 @@ LAUNCHES: list[tuple[Callable[[int | None], None], list[str]]] = [
 ]
 WITHOUT_LORA: list[tuple[Callable[[int | None], None], list[str]]] = [
     (begin, ["_begin_kernel"]),
-    (attend, ["_attend_kernel", "_combine_kernel"] * 2),
+    (attend, ["_attend_kernel", "_attend_kernel", "_combine_kernel"]),
 ]
 
 

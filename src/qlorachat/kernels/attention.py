@@ -58,19 +58,20 @@ def paged_decode_attention(
             out.copy_(mixed)
         return
     splits = splits or _choose_splits(q, key_cache, block_tables)
-    if splits == 1 and not tiled:
-        _attend(q, *context, scale, out, None)
+    padded = out.shape[1] if tiled else None
+    if splits == 1:
+        _attend(q, *context, scale, out, None, padded)
         return
     rows, heads, head_dim = q.shape
     means = q.new_empty(rows, heads, splits, head_dim, dtype=torch.float32)
     sums = q.new_empty(rows, heads, splits, dtype=torch.float32)
-    _attend(q, *context, scale, means, sums)
+    _attend(q, *context, scale, means, sums, None)
     shape = {"heads": heads, "head_dim": head_dim, "splits": splits}
     tile = {"tile": _TILE, "column_block": triton.next_power_of_2(head_dim), "num_warps": 2}
     _combine_kernel[(heads, rows)](
         *(means, sums, context_lengths, out),
         **shape,
-        padded=out.shape[1] if tiled else None,
+        padded=padded,
         **tile,
         **dependent_launch(q),
     )
@@ -190,8 +191,12 @@ def _attend(
     scale: float,
     means: torch.Tensor,
     sums: torch.Tensor | None,
+    padded: int | None,
 ) -> None:
-    """Each split's mean, [B, H, splits, D], and log2 of its sum; without `sums` there is one."""
+    """Each split's mean, [B, H, splits, D], and log2 of its sum; without `sums` there is one.
+
+    padded: P where `means` is tiled, for one split.
+    """
     block_size, kv_heads = key_cache.shape[1:3]
     group, head_dim = q.shape[1] // kv_heads, q.shape[2]
     splits = 1 if sums is None else sums.shape[2]
@@ -207,6 +212,7 @@ def _attend(
         *(scale * _LOG2_E, block_tables.stride(0)),
         **shape,
         splits=splits,
+        padded=padded,
         **tile,
         num_warps=4,
         num_stages=5,
@@ -230,15 +236,16 @@ def _attend_kernel(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     splits: tl.constexpr,
+    padded: tl.constexpr,
     tile: tl.constexpr,
     group_block: tl.constexpr,
     column_block: tl.constexpr,
     precision: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
-    wait_for_previous(early)
     kv_head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(context_lengths + row)
+    length = tl.load(context_lengths + row)  # an input of the step: no kernel writes it
+    wait_for_previous(early)
     span = _span(length, splits, tile)
     start = split * span
     if sums is not None and start >= length:
@@ -280,7 +287,11 @@ def _attend_kernel(
 
     mean = (mixed / tl.where(total > 0, total, 1.0)[:, None]).to(means.dtype.element_ty)
     part = head * splits + split
-    tl.store(means + part[:, None] * head_dim + column, mean, mask=mine)
+    if padded is None:
+        tl.store(means + part[:, None] * head_dim + column, mean, mask=mine)
+    else:
+        own = (kv_head * group + member)[:, None] * head_dim + column
+        tl.store(means + tiled_at(row, own, padded), mean, mask=mine)
     if sums is not None:
         tl.store(sums + part, peak + tl.log2(total), mask=member < group)
 
@@ -300,11 +311,11 @@ def _combine_kernel(
     early: tl.constexpr,
 ) -> None:
     """The splits' means, weighted by their sums of exponentials."""
-    wait_for_previous(early)
     row = tl.program_id(1)
     head = row * heads + tl.program_id(0)
     split = tl.arange(0, splits)
-    length = tl.load(context_lengths + row)
+    length = tl.load(context_lengths + row)  # an input of the step: no kernel writes it
+    wait_for_previous(early)
     written = split * _span(length, splits, tile) < length
     column = tl.arange(0, column_block)
     wide = column < head_dim

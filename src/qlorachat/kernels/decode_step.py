@@ -26,13 +26,14 @@ from qlorachat.kernels.sums import (
     check_sums,
     clear_sums,
     inverse_rms_reference,
+    load_b,
     load_inverse_rms,
     load_sums,
     take_sums_reference,
 )
-from qlorachat.kernels.tiles import tiled_at, tiled_shape, write_tiled
+from qlorachat.kernels.tiles import store_tiled, tiled_shape, write_tiled
 
-_COLUMNS = 64  # of one program
+_COLUMNS = 64  # of one program: a block of a tiled x
 
 
 def rope_and_cache_sums(
@@ -76,7 +77,7 @@ def rope_and_cache_sums(
         kv_heads=kv_heads,
         half=head_dim // 2,
         width=width,
-        **adapter_shape(adapters, 3),
+        **adapter_shape(adapters, 3, q.dtype),
         padded=sums.shape[1],
         row_block=ROW_BLOCK,
         half_block=max(16, triton.next_power_of_2(head_dim // 2)),  # tensor cores' least
@@ -111,7 +112,7 @@ def silu_mul_sums(
         *(sums, *adapter_tensors(adapters), squares, x, rows, eps),
         width=outputs // 2,
         hidden=hidden,
-        **adapter_shape(adapters, 2),
+        **adapter_shape(adapters, 2, x.dtype),
         padded=padded,
         row_block=ROW_BLOCK,
         column_block=_COLUMNS,
@@ -179,14 +180,15 @@ def _rope_sums_kernel(
     width: tl.constexpr,
     parts: tl.constexpr,
     rank: tl.constexpr,
-    rank_block: tl.constexpr,
+    depths: tl.constexpr,
+    depth_block: tl.constexpr,
+    precision: tl.constexpr,
     padded: tl.constexpr,
     row_block: tl.constexpr,
     half_block: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
     """One head, q's, k's or v's, of some rows."""
-    wait_for_previous(early)
     head = tl.program_id(0)
     row = tl.program_id(1) * row_block + tl.arange(0, row_block)
     column = tl.arange(0, half_block)
@@ -195,26 +197,37 @@ def _rope_sums_kernel(
     part = tl.where(head < heads, 0, tl.where(head < heads + kv_heads, 1, 2))
     outputs: tl.constexpr = (heads + 2 * kv_heads) * 2 * half
     low = head * (2 * half) + column
+    mine, first_b = load_b(
+        *(b, adapter_slots, row, low, narrow, real),
+        *(0, outputs, rank, depths, depth_block),
+    )
+    _, second_b = load_b(
+        *(b, adapter_slots, row, low + half, narrow, real),
+        *(0, outputs, rank, depths, depth_block),
+    )
+    slot = tl.load(slots + row, mask=real, other=-1).to(tl.int64)
+    position = tl.load(positions + row, mask=real, other=0).to(tl.int64)
+    wait_for_previous(early)
     first = load_sums(
-        *(sums, shrunk, b, adapter_slots, scales, row, low, narrow, real, part),
-        *(outputs, parts, rank, rank_block, padded),
+        *(sums, shrunk, b, adapter_slots, scales, mine, first_b),
+        *(row, low, narrow, real, part),
+        *(outputs, parts, rank, depths, depth_block, padded, precision),
     )
     second = load_sums(
-        *(sums, shrunk, b, adapter_slots, scales, row, low + half, narrow, real, part),
-        *(outputs, parts, rank, rank_block, padded),
+        *(sums, shrunk, b, adapter_slots, scales, mine, second_b),
+        *(row, low + half, narrow, real, part),
+        *(outputs, parts, rank, depths, depth_block, padded, precision),
     )
     inverse_rms = load_inverse_rms(squares, row, real, eps, width)
     first = (first * inverse_rms).to(q.dtype.element_ty)
     second = (second * inverse_rms).to(q.dtype.element_ty)
 
-    slot = tl.load(slots + row, mask=real, other=-1).to(tl.int64)
     cached = inside & (slot >= 0)[:, None]
     if head >= heads + kv_heads:
         place = slot * kv_heads + head - heads - kv_heads
         at = value_cache + place[:, None] * (2 * half) + column[None, :]
         _store_halves(at, first, second, half, cached)
     else:
-        position = tl.load(positions + row, mask=real, other=0).to(tl.int64)
         angle = position[:, None] * (2 * half) + column[None, :]
         turned_first = _product(first, cos + angle, inside) - _product(second, sin + angle, inside)
         angle += half
@@ -226,8 +239,8 @@ def _rope_sums_kernel(
             place = slot * kv_heads + head - heads
             at = key_cache + place[:, None] * (2 * half) + column[None, :]
             _store_halves(at, turned_first, turned_second, half, cached)
-    clear_sums(sums, row, low, narrow, real, padded)
-    clear_sums(sums, row, low + half, narrow, real, padded)
+    clear_sums(sums, row, low, narrow, padded)
+    clear_sums(sums, row, low + half, narrow, padded)
 
 
 @jit
@@ -245,30 +258,40 @@ def _silu_mul_sums_kernel(
     hidden: tl.constexpr,
     parts: tl.constexpr,
     rank: tl.constexpr,
-    rank_block: tl.constexpr,
+    depths: tl.constexpr,
+    depth_block: tl.constexpr,
+    precision: tl.constexpr,
     padded: tl.constexpr,
     row_block: tl.constexpr,
     column_block: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
-    wait_for_previous(early)
     column = tl.program_id(0) * column_block + tl.arange(0, column_block)
     row = tl.program_id(1) * row_block + tl.arange(0, row_block)
     known, real = column < width, row < rows
+    mine, gate_b = load_b(
+        *(b, slots, row, column, known, real),
+        *(0, 2 * width, rank, depths, depth_block),
+    )
+    _, up_b = load_b(
+        *(b, slots, row, column + width, known, real),
+        *(0, 2 * width, rank, depths, depth_block),
+    )
+    wait_for_previous(early)
     gate = load_sums(
-        *(sums, shrunk, b, slots, scales, row, column, known, real, 0),
-        *(2 * width, parts, rank, rank_block, padded),
+        *(sums, shrunk, b, slots, scales, mine, gate_b, row, column, known, real, 0),
+        *(2 * width, parts, rank, depths, depth_block, padded, precision),
     )
     up = load_sums(
-        *(sums, shrunk, b, slots, scales, row, column + width, known, real, 1),
-        *(2 * width, parts, rank, rank_block, padded),
+        *(sums, shrunk, b, slots, scales, mine, up_b),
+        *(row, column + width, known, real, 1),
+        *(2 * width, parts, rank, depths, depth_block, padded, precision),
     )
     inverse_rms = load_inverse_rms(squares, row, real, eps, hidden)
     wide = (gate * inverse_rms).to(x.dtype.element_ty).to(tl.float32)
     activated = (wide / (1.0 + tl.exp(-wide))).to(x.dtype.element_ty).to(tl.float32)
     raised = (up * inverse_rms).to(x.dtype.element_ty).to(tl.float32)
-    at = x + tiled_at(row[:, None], column[None, :], padded)
-    inside = real[:, None] & known[None, :]
-    tl.store(at, (activated * raised).to(x.dtype.element_ty), mask=inside)
-    clear_sums(sums, row, column, known, real, padded)
-    clear_sums(sums, row, column + width, known, real, padded)
+    product = (activated * raised).to(x.dtype.element_ty)
+    store_tiled(x, product, row, tl.program_id(0), real, padded)
+    clear_sums(sums, row, column, known, padded)
+    clear_sums(sums, row, column + width, known, padded)

@@ -212,7 +212,14 @@ def _expand_kernel(
 
     total = tl.zeros([row_block, output_block], tl.float32)
     inside = (column < stop)[:, None] & (depth < rank)[None, :]
-    total = expand_slots(shrunk, b, mine, column, depth, inside, total, outputs, rank)
+    slot = _next_slot(mine, 0)
+    while slot < 2147483647:
+        own = b + (slot - 1).to(tl.int64) * (outputs * rank)
+        weights = tl.load(own + column[:, None] * rank + depth[None, :], mask=inside, other=0.0)
+        values = tl.where((mine == slot)[:, None], shrunk, 0.0)
+        weights = tl.trans(weights.to(tl.float32))
+        total = tl.dot(values, weights, total, input_precision="tf32x3")
+        slot = _next_slot(mine, slot)
 
     scale = tl.load(scales + row, mask=mine > 0, other=0.0)
     at = row[:, None] * outputs + column[None, :]
@@ -220,34 +227,6 @@ def _expand_kernel(
     old = tl.load(y + at, mask=touched, other=0.0)
     new = old.to(tl.float32) + scale[:, None] * total
     tl.store(y + at, new.to(old.dtype), mask=touched)
-
-
-@jit
-def expand_slots(
-    shrunk: tl.tensor,
-    b: tl.tensor,
-    slots: tl.tensor,
-    column: tl.tensor,
-    depth: tl.tensor,
-    inside: tl.tensor,
-    total: tl.tensor,
-    outputs: tl.constexpr,
-    rank: tl.constexpr,
-) -> tl.tensor:
-    """total + shrunk @ B^T, float32 [rows, columns], each row with the B of its slot.
-
-    shrunk: float32 [rows, depths]. slots: [rows]; rows of slot 0 get nothing. column: [columns] of
-    B's outputs, depth: [depths] of its ranks, inside: [columns, depths], where B is looked at.
-    """
-    slot = _next_slot(slots, 0)
-    while slot < 2147483647:
-        own = b + (slot - 1).to(tl.int64) * (outputs * rank)
-        weights = tl.load(own + column[:, None] * rank + depth[None, :], mask=inside, other=0.0)
-        values = tl.where((slots == slot)[:, None], shrunk, 0.0)
-        weights = tl.trans(weights.to(tl.float32))
-        total = tl.dot(values, weights, total, input_precision="tf32x3")
-        slot = _next_slot(slots, slot)
-    return total
 
 
 @jit

@@ -51,6 +51,7 @@ class Nf4Matrix:
         return [-(-height * (self.columns // 64) // 256) for height in self.heights]
 
 
+@functools.cache
 def why_not(device: torch.device) -> str | None:
     """Why our products can't run on a device; None where it can."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -59,6 +60,10 @@ def why_not(device: torch.device) -> str | None:
         return "its tensor cores are older than Ampere's"
     if not cuda_source.found():
         return "cuda-bindings or NVRTC is not installed (pip install qlorachat[cuda])"
+    try:
+        cuda_source.find_shared_base(device)
+    except RuntimeError as error:
+        return f"its driver does not take what NVRTC compiles ({error})"
     return None
 
 

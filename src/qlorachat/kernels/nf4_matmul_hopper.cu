@@ -103,16 +103,23 @@ template <int P> struct Ring {
 };
 
 struct Adapters {
-  const u16* a;   // [ranks, K]: the A of every slot and part, one below the other
-  float* shrunk;  // [ranks, P], added to
+  const u16* a;      // [slots, ranks, K], ranks of all parts
+  const int* slots;  // of each row of x, from 1; 0 for none
+  float* shrunk;     // [slots * ranks, P], added to
   int ranks, splits;
 };
 
 // 16 rows of A and a share of K: every warp its own blocks of 64, sums meet in shared memory.
+// Nothing is done for a slot that no row has.
 template <int P, int WARPS>
-__device__ __forceinline__ void shrink(const Adapters& adapters, const u8* x, int columns, int index) {
+__device__ __forceinline__ void shrink(const Adapters& adapters, const u8* x, int x_rows, int columns,
+                                       int index) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = lane >> 2, t = lane & 3;
   const int group = index / adapters.splits, split = index % adapters.splits, blocks = columns >> 6;
+  const int slot = group * 16 / adapters.ranks + 1;
+  bool used = false;
+  for (int row = lane; row < x_rows; row += 32) used |= __ldg(adapters.slots + row) == slot;
+  if (!__any_sync(~0u, used)) return;
   const int stop = blocks * (split + 1) / adapters.splits;
   const u16* rows = adapters.a + static_cast<u64>(group * 16 + quad) * columns + 16 * ((t & 1) * 2 + (t >> 1));
   auto load = [&](uint4 (&a)[4], int block) {
@@ -166,7 +173,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, t = lane & 3;
   let_next_start();
   if (static_cast<int>(blockIdx.x) >= product_blocks) {
-    shrink<P, WARPS>(adapters, x, m.columns, blockIdx.x - product_blocks);
+    shrink<P, WARPS>(adapters, x, x_rows, m.columns, blockIdx.x - product_blocks);
     return;
   }
   const int items = ((m.columns >> 6) + CHUNK - 1) / CHUNK, last_group = m.rows / 16 - 1;
@@ -262,12 +269,12 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
 #define INSTANCE(NAME, P, GROUPS, PER_PROCESSOR, ALIGNED)                                                \
   extern "C" __global__ void __launch_bounds__(GROUPS * 128, PER_PROCESSOR) NAME(                      \
       const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,  \
-      const u8* x, float* sums, const u16* lora_a, float* shrunk, int x_rows, int rows, int columns,   \
+      const u8* x, float* sums, const u16* lora_a, const int* slots, float* shrunk, int x_rows, int rows, int columns,   \
       int start1, int start2, int group1, int group2, float offset0, float offset1, float offset2,     \
       int ranks, int splits, int product_blocks) {                                                     \
     const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                          \
                       group1, group2, offset0, offset1, offset2};                                      \
-    const Adapters adapters = {lora_a, shrunk, ranks, splits};                                         \
+    const Adapters adapters = {lora_a, slots, shrunk, ranks, splits};                                         \
     nf4_matmul<P, GROUPS, ALIGNED>(m, adapters, pairs, code2, x, sums, x_rows, product_blocks);        \
   }
 

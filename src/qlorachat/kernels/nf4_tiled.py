@@ -19,6 +19,29 @@ _SPLITS = 4  # of K among the blocks that multiply with A
 _FREE = 4  # processors left to those
 
 
+class Shrinking(NamedTuple):
+    """The adapters beside a product: shrunk += A x of every slot that a row has.
+
+    a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts, is a multiple of 16. slots:
+    int32 [M], from 1, 0 for none. shrunk: float32 [S * R, P].
+    """
+
+    a: torch.Tensor
+    slots: torch.Tensor
+    shrunk: torch.Tensor
+
+    def check(self, x: torch.Tensor, rows: int, columns: int) -> None:
+        slots, ranks, _ = self.a.shape
+        assert self.a.shape == (slots, ranks, columns)
+        assert self.a.dtype == x.dtype
+        assert ranks % 16 == 0
+        assert self.slots.shape == (rows,)
+        assert self.slots.dtype == torch.int32
+        assert self.shrunk.shape == (slots * ranks, x.shape[1])
+        assert self.shrunk.dtype == torch.float32
+        assert all(tensor.is_contiguous() for tensor in self)
+
+
 class _Instance(NamedTuple):
     """How the kernel for some padded rows is compiled."""
 
@@ -44,16 +67,14 @@ def nf4_matmul_tiled(
     rows: int,
     weight: Nf4Matrix,
     sums: torch.Tensor,
-    a: torch.Tensor | None = None,
-    shrunk: torch.Tensor | None = None,
+    adapters: Shrinking | None = None,
     *,
     blocks: int | None = None,
 ) -> None:
-    """sums += weight x, and shrunk += a x, in one launch; float32 atomic adds, in no order.
+    """sums += weight x, and A x of the adapters, in one launch; atomic adds, in no order.
 
     x: tiled [blocks, P, 64] (`tiles.tile`), bfloat16 or float16, P of 8, 16, 32 or 64 padded rows,
-    `rows` of them real. sums: float32 [N, P]. a: [ranks, K], contiguous, of x's dtype, the A of all
-    adapters one below the other, ranks a multiple of 16. shrunk: float32 [ranks, P].
+    `rows` of them real. sums: float32 [N, P].
     blocks: how many share the product; None: see `tuned`.
     """
     padded = x.shape[1]
@@ -63,18 +84,10 @@ def nf4_matmul_tiled(
     assert sums.shape == (weight.rows, padded)
     assert sums.dtype == torch.float32
     assert all(tensor.is_contiguous() for tensor in (x, sums))
-    ranks = 0
-    if a is not None:
-        ranks = len(a)
-        assert shrunk is not None
-        assert a.shape == (ranks, weight.columns)
-        assert ranks % 16 == 0
-        assert a.is_contiguous()
-        assert a.dtype == x.dtype
-        assert shrunk.shape == (ranks, padded)
-        assert shrunk.is_contiguous()
+    if adapters is not None:
+        adapters.check(x, rows, weight.columns)
     if not x.is_cuda:
-        nf4_matmul_tiled_reference(x, rows, weight, sums, a, shrunk)
+        nf4_matmul_tiled_reference(x, rows, weight, sums, adapters)
         return
     threads, per_processor = INSTANCES[padded]
     aligned = weight.columns // 64 % _UNIT_BLOCKS == 0
@@ -84,15 +97,16 @@ def nf4_matmul_tiled(
     blocks = blocks or tuned or per_processor * (count_processors(x.device) - _FREE)
     ring = _STAGES * (_UNIT_BLOCKS * padded * 128 + 16)
     partial = 16 * padded * threads // 8  # float32 sums of A x, one of every warp
+    slots, a_rows = (1, 0) if adapters is None else (len(adapters.a), len(adapters.shrunk))
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2),
         *(byte_pairs(weight.code, x.dtype), weight.code2, x, sums),
-        *(sums if a is None else a, sums if shrunk is None else shrunk),
-        *(rows, *dimensions(weight), ranks, _SPLITS, blocks),
+        *(adapters or Shrinking(sums, sums, sums)),
+        *(rows, *dimensions(weight), a_rows // slots, _SPLITS, blocks),
     )
     cuda_source.launch(
         function,
-        (blocks + ranks // 16 * _SPLITS, 1),
+        (blocks + a_rows // 16 * _SPLITS, 1),
         threads,
         max(TABLE_BYTES + ring, partial),
         arguments,
@@ -106,11 +120,10 @@ def nf4_matmul_tiled_reference(
     rows: int,
     weight: Nf4Matrix,
     sums: torch.Tensor,
-    a: torch.Tensor | None = None,
-    shrunk: torch.Tensor | None = None,
+    adapters: Shrinking | None = None,
 ) -> None:
     """`nf4_matmul_tiled` in plain torch; the weights are written out in float32."""
     plain = untile(x, x.shape[1], weight.columns).float().T
     sums[:, :rows] += nf4_dequantize(weight) @ plain[:, :rows]
-    if a is not None and shrunk is not None:
-        shrunk += a.float() @ plain
+    if adapters is not None:
+        adapters.shrunk.add_(adapters.a.flatten(0, 1).float() @ plain)

@@ -25,12 +25,13 @@ from qlorachat.kernels.sums import (
     check_squares,
     check_sums,
     clear_sums,
+    load_b,
     load_sums,
     take_sums_reference,
 )
-from qlorachat.kernels.tiles import tiled_at, tiled_shape, write_tiled
+from qlorachat.kernels.tiles import store_tiled, tiled_shape, write_tiled
 
-_COLUMNS = 64  # of one program
+_COLUMNS = 64  # of one program: a block of a tiled x
 
 
 def begin_residual(
@@ -94,7 +95,7 @@ def add_to_residual(
     _add_kernel[_grid(width, rows)](
         *(sums, *adapter_tensors(adapters), residual, weight, x, squares, rows),
         width=width,
-        **adapter_shape(adapters, 1),
+        **adapter_shape(adapters, 1, residual.dtype),
         padded=sums.shape[1],
         row_block=ROW_BLOCK,
         column_block=_COLUMNS,
@@ -194,25 +195,31 @@ def _add_kernel(
     width: tl.constexpr,
     parts: tl.constexpr,
     rank: tl.constexpr,
-    rank_block: tl.constexpr,
+    depths: tl.constexpr,
+    depth_block: tl.constexpr,
+    precision: tl.constexpr,
     padded: tl.constexpr,
     row_block: tl.constexpr,
     column_block: tl.constexpr,
     early: tl.constexpr,
 ) -> None:
-    wait_for_previous(early)
     column = tl.program_id(0) * column_block + tl.arange(0, column_block)
     row = tl.program_id(1) * row_block + tl.arange(0, row_block)
     known, real = column < width, row < rows
+    mine, own_b = load_b(
+        *(b, slots, row, column, known, real),
+        *(0, width, rank, depths, depth_block),
+    )
+    wait_for_previous(early)
     at = residual + row[:, None] * width + column[None, :]
     old = tl.load(at, mask=real[:, None] & known[None, :], other=0.0)
     added = load_sums(
-        *(sums, shrunk, b, slots, scales, row, column, known, real, 0),
-        *(width, parts, rank, rank_block, padded),
+        *(sums, shrunk, b, slots, scales, mine, own_b, row, column, known, real, 0),
+        *(width, parts, rank, depths, depth_block, padded, precision),
     )
     h = (old.to(tl.float32) + added.to(old.dtype).to(tl.float32)).to(old.dtype)
     _leave_residual(h, residual, weight, x, squares, row, column, rows, width, padded)
-    clear_sums(sums, row, column, known, real, padded)
+    clear_sums(sums, row, column, known, padded)
 
 
 @jit
@@ -234,7 +241,7 @@ def _leave_residual(
     if weight is not None:
         weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
         wide = h.to(tl.float32)
-        at = x + tiled_at(row[:, None], column[None, :], padded)
-        tl.store(at, (wide * weights[None, :]).to(h.dtype), mask=inside)
+        product = (wide * weights[None, :]).to(h.dtype)
+        store_tiled(x, product, row, tl.program_id(0), row < rows, padded)
         square = tl.sum(wide * wide, axis=1)
         tl.atomic_add(squares + row, square, mask=row < rows, sem="relaxed")

@@ -1,22 +1,22 @@
 """What a product of the fused decode step leaves, and how the kernels after it read that.
 
-Sums are float32 [N, P], W x of P padded rows, M of them real. Whoever reads an element leaves zero:
-the next product adds to it. The adapters' B is applied here, to A x from the same product, and so
-is the norm of x, which was put off until its rows' squares were known.
+Sums are float32 [N, P], W x of P padded rows, M of them real, the others zero. Whoever reads an
+element leaves zero: the next product adds to it. The adapters' B is applied here, to A x from the
+same product, and so is the norm of x, which was put off until its rows' squares were known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from qlorachat.kernels.device import jit, tl, triton
-from qlorachat.kernels.lora import expand_slots, lora_expand_add_reference
+from qlorachat.kernels.device import dot_precision, jit, tl, triton
+from qlorachat.kernels.lora import lora_expand_add_reference
 
 ROW_BLOCK = 16  # rows of one program; tensor cores take no fewer
-_MOST_RANKS = 64  # of one step: more would not fit the registers
+_MOST_DEPTHS = 128  # of one product: more would not fit the registers
 
 
 class RowAdapters(NamedTuple):
@@ -64,11 +64,16 @@ def adapter_tensors(adapters: RowAdapters | None) -> tuple[torch.Tensor | None, 
     return (None,) * 4 if adapters is None else tuple(adapters)
 
 
-def adapter_shape(adapters: RowAdapters | None, parts: int) -> dict[str, int]:
-    """The constants of `load_sums` that depend on the adapters."""
-    rank = 16 if adapters is None else adapters.b.shape[2]
-    rank_block = min(_MOST_RANKS, triton.next_power_of_2(rank))
-    return {"parts": parts, "rank": rank, "rank_block": rank_block}
+def adapter_shape(adapters: RowAdapters | None, parts: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of `load_sums` that depend on the adapters and on the model's dtype."""
+    slots, rank = (1, 16) if adapters is None else (len(adapters.b), adapters.b.shape[2])
+    return {
+        "parts": parts,
+        "rank": rank,
+        "depths": slots * rank,
+        "depth_block": min(_MOST_DEPTHS, triton.next_power_of_2(slots * rank)),
+        "precision": dot_precision(dtype),
+    }
 
 
 def take_sums_reference(
@@ -94,12 +99,45 @@ def inverse_rms_reference(squares: torch.Tensor, rows: int, width: int, eps: flo
 
 
 @jit
+def load_b(
+    b: tl.tensor,
+    slots: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    known: tl.tensor,
+    real: tl.tensor,
+    first: tl.constexpr,
+    outputs: tl.constexpr,
+    rank: tl.constexpr,
+    depths: tl.constexpr,
+    depth_block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The rows' slots, and B of all the slots they have side by side, [columns, depths].
+
+    Depths are ranks of slot after slot, depth_block of them from `first` on. None of it is written
+    within a step: it may be loaded before `wait_for_previous`.
+    """
+    # without adapters both are stand-ins that nobody looks at: a tuple can't hold None
+    mine, weights = row, row
+    if b is not None:
+        mine = tl.load(slots + row, mask=real, other=0)
+        depth = first + tl.arange(0, depth_block)
+        used = tl.max((mine[:, None] == (depth // rank + 1)[None, :]).to(tl.int32), axis=0) > 0
+        own = (depth // rank).to(tl.int64) * (outputs * rank) + depth % rank
+        inside = known[:, None] & (used & (depth < depths))[None, :]
+        weights = tl.load(b + own[None, :] + column[:, None] * rank, mask=inside, other=0.0)
+    return mine, weights
+
+
+@jit
 def load_sums(
     sums: tl.tensor,
     shrunk: tl.tensor,
     b: tl.tensor,
     slots: tl.tensor,
     scales: tl.tensor,
+    mine: tl.tensor,
+    weights: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
     known: tl.tensor,
@@ -108,30 +146,70 @@ def load_sums(
     outputs: tl.constexpr,
     parts: tl.constexpr,
     rank: tl.constexpr,
-    rank_block: tl.constexpr,
+    depths: tl.constexpr,
+    depth_block: tl.constexpr,
     padded: tl.constexpr,
+    precision: tl.constexpr,
 ) -> tl.tensor:
     """W x plus LoRA, float32 [rows, columns], of columns in one part; zeros outside.
 
-    row, real: [rows], `real` where it is no padding; column, known: [columns].
+    The rows' adapters are one product: A x of a row is zero at the depths of other slots than its
+    own. mine, weights: from `load_b`, the first depths. row, real: [rows], `real` where it is no
+    padding; column, known: [columns].
     """
     at = sums + column[None, :] * padded + row[:, None]
-    values = tl.load(at, mask=real[:, None] & known[None, :], other=0.0)
-    if shrunk is not None:
-        mine = tl.load(slots + row, mask=real, other=0)
-        first_rank = ((mine - 1) * parts + part) * rank
+    # the padding too: a mask that ends at M would take loads and stores apart
+    values = tl.load(at, mask=(row < padded)[:, None] & known[None, :], other=0.0)
+    if b is not None:
         added = tl.zeros_like(values)
-        for first in range(0, rank, rank_block):
-            depth = first + tl.arange(0, rank_block)
-            own = tl.load(
-                shrunk + (first_rank[:, None] + depth[None, :]) * padded + row[:, None],
-                mask=(mine > 0)[:, None] & (depth < rank)[None, :],
-                other=0.0,
+        if depths <= depth_block:
+            added = _expand(
+                *(added, shrunk, mine, weights, row, part),
+                *(0, parts, rank, depths, depth_block, padded, precision),
             )
-            inside = known[:, None] & (depth < rank)[None, :]
-            added = expand_slots(own, b, mine, column, depth, inside, added, outputs, rank)
+        else:
+            for first in tl.static_range(0, depths, depth_block):
+                within = (mine > first // rank) & ((mine - 1) * rank < first + depth_block)
+                if tl.max((within & (mine > 0)).to(tl.int32), axis=0) > 0:
+                    own_b = weights
+                    if first > 0:
+                        _, own_b = load_b(
+                            *(b, slots, row, column, known, real),
+                            *(first, outputs, rank, depths, depth_block),
+                        )
+                    added = _expand(
+                        *(added, shrunk, mine, own_b, row, part),
+                        *(first, parts, rank, depths, depth_block, padded, precision),
+                    )
         values += tl.load(scales + row, mask=mine > 0, other=0.0)[:, None] * added
     return values
+
+
+@jit
+def _expand(
+    added: tl.tensor,
+    shrunk: tl.tensor,
+    mine: tl.tensor,
+    weights: tl.tensor,
+    row: tl.tensor,
+    part: tl.tensor,
+    first: tl.constexpr,
+    parts: tl.constexpr,
+    rank: tl.constexpr,
+    depths: tl.constexpr,
+    depth_block: tl.constexpr,
+    padded: tl.constexpr,
+    precision: tl.constexpr,
+) -> tl.tensor:
+    """added + A x @ B^T of the depths from `first` on, where A x is of each row's own slot."""
+    depth = first + tl.arange(0, depth_block)
+    below = (depth // rank * parts + part) * rank + depth % rank
+    own = tl.load(
+        shrunk + below[None, :] * padded + row[:, None],
+        mask=(mine[:, None] == (depth // rank + 1)[None, :]) & (depth < depths)[None, :],
+        other=0.0,
+    )
+    return tl.dot(own, tl.trans(weights.to(tl.float32)), added, input_precision=precision)
 
 
 @jit
@@ -140,15 +218,14 @@ def clear_sums(
     row: tl.tensor,
     column: tl.tensor,
     known: tl.tensor,
-    real: tl.tensor,
     padded: tl.constexpr,
 ) -> None:
-    """Zeros where `load_sums` read."""
+    """Zeros where `load_sums` read; the padding holds zeros anyway."""
     # another thread than the one that reads an element may be the one to clear it
     tl.debug_barrier()
     zeros = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
     at = sums + column[None, :] * padded + row[:, None]
-    tl.store(at, zeros, mask=real[:, None] & known[None, :])
+    tl.store(at, zeros, mask=(row < padded)[:, None] & known[None, :])
 
 
 @jit

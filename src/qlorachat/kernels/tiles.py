@@ -60,6 +60,28 @@ def _swizzle(chunks: torch.Tensor) -> torch.Tensor:
 
 
 @jit
+def store_tiled(
+    x: tl.tensor,
+    values: tl.tensor,
+    row: tl.tensor,
+    block: tl.tensor,
+    real: tl.tensor,
+    padded: tl.constexpr,
+) -> None:
+    """values, [rows, 64] of one block of columns, to a tiled x: whole rows of 128 bytes.
+
+    row, real: [rows], `real` where it is to be written.
+    """
+    place = tl.arange(0, 64)
+    chunk = (place // 8)[None, :] ^ (row % 8)[:, None]
+    lane = place % 8 // 2
+    column = 16 * (lane % 2 * 2 + lane // 2) + place % 2
+    values = tl.gather(values, column[None, :] + 2 * chunk, 1)
+    at = (block * padded + row)[:, None] * 64 + place[None, :]
+    tl.store(x + at, values, mask=real[:, None])
+
+
+@jit
 def tiled_at(row: tl.tensor, column: tl.tensor, padded: tl.constexpr) -> tl.tensor:
     """The place of (row, column) in a tiled tensor of `padded` rows."""
     inner = column % 64

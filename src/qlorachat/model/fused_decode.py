@@ -14,7 +14,7 @@ from qlorachat import kernels
 from qlorachat.kernels.decode_step import rope_and_cache_sums, silu_mul_sums
 from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.nf4_matmul import MOST_ROWS
-from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
 from qlorachat.kernels.residual import add_to_residual, begin_residual
 from qlorachat.kernels.sums import RowAdapters
 from qlorachat.kernels.tiles import rows_padded, tiled_shape
@@ -190,7 +190,8 @@ def _multiply(
     if not lora.active or lora.slots is None or lora.scales is None:
         nf4_matmul_tiled(x, len(rows.ids), product.weight, sums)
         return sums, None
-    a, shrunk = product.lora.a.flatten(0, 1), space.shrunk[product.number]
-    nf4_matmul_tiled(x, len(rows.ids), product.weight, sums, a, shrunk)
+    shrunk = space.shrunk[product.number]
+    shrinking = Shrinking(product.lora.a, lora.slots, shrunk)
+    nf4_matmul_tiled(x, len(rows.ids), product.weight, sums, shrinking)
     adapters = RowAdapters(shrunk, product.lora.b, lora.slots, lora.scales)
     return sums, adapters
