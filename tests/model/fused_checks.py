@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fusion
+from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fused_decode, fusion
 from qlorachat.model.fused_decode import FusedDecode
 from qlorachat.model.lora import AdapterStacks, LoraRows
 from tests.kernels.interpreted_checks import readable_loop_bounds
@@ -131,3 +131,21 @@ def test_the_fused_step_is_the_plain_one(
     torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
     assert all(float(own._sums.abs().max()) == 0 for own in model._fused._workspaces.values())
     assert len(model._fused._workspaces) == 1
+
+
+def test_a_step_that_fails_leaves_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "why_not", lambda parts: None)
+    model = PagedLlama(quantized_model(), stacks(2))
+    rope = (model._cos, model._sin)
+    fused = FusedDecode(model._layers, model._embedding, rope, model._epsilon)
+    rows = decode_rows((1, 2, 0), active=True)
+    expected = fused(rows, cache())
+    with monkeypatch.context() as broken:
+        broken.setattr(fused_decode, "silu_mul_sums", raise_memory_error)
+        with pytest.raises(MemoryError):
+            fused(rows, cache())
+    torch.testing.assert_close(fused(rows, cache())[:-1], expected[:-1])
+
+
+def raise_memory_error(*arguments: object) -> None:
+    raise MemoryError

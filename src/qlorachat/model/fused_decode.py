@@ -71,6 +71,11 @@ class _Workspace:
         self.cleared = torch.empty(sum(counts), padded, device=like.device)
         self.squares, *self.shrunk = self.cleared.split(counts)
 
+    def reset(self) -> None:
+        """After a step that did not end: its sums may not be zero."""
+        if not (self._sums.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._sums.zero_()  # a capture runs nothing
+
     def sums(self, outputs: int) -> torch.Tensor:
         """Float32 [outputs, P], of one product at a time."""
         return self._sums[: outputs * self._padded].view(outputs, self._padded)
@@ -108,11 +113,11 @@ class FusedDecode:
         try:
             return self._run(rows, cache, workspace)
         except BaseException:
-            self._workspaces.clear()  # it may hold sums that are not zero
+            workspace.reset()  # not dropped: CUDA graphs hold its addresses
             raise
 
     def _workspace(self, rows: int) -> _Workspace:
-        """Kept, since CUDA graphs hold its addresses."""
+        """Kept until the adapters' ranks change, and with them every CUDA graph."""
         padded, ranks = rows_padded(rows), sum(product.ranks for product in self._products)
         if (padded, ranks) not in self._workspaces:
             self._workspaces = {at: own for at, own in self._workspaces.items() if at[1] == ranks}
