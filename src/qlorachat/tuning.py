@@ -15,7 +15,8 @@ from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 
 cuda: Any = torch.cuda
-ROWS = (1, 16, 32, 64)  # each stands for all that are padded like it
+ROWS = (1, 16, 32)  # each stands for all that are padded like it
+MOST_ROWS = 64  # where they are padded so: on Hopper
 WAVES = (0.75, 0.9, 0.97, 1.0, 1.5, 1.94, 2.0, 3.0)  # blocks for each processor
 ROTATED = 8  # times the L2: weights that a measurement walks through
 GAIN = 0.99  # of the time that is kept before; less is noise
@@ -47,7 +48,7 @@ def tune(
     with torch.inference_mode(), torch.cuda.device(device):
         for heights, columns in _products(shapes):
             weights = _random_weights(heights, columns, device)
-            for rows in ROWS:
+            for rows in (*ROWS, MOST_ROWS) if _is_tiled(device, dtype) else ROWS:
                 best = _measure(weights, rows, device, dtype)
                 if best.blocks is not None:
                     measured[best.kernel, rows_padded(rows), best.shape] = best.blocks
@@ -94,6 +95,10 @@ def _random_weights(
     ]
 
 
+def _is_tiled(device: torch.device, dtype: torch.dtype) -> bool:
+    return runs_tiled(device) and dtype == torch.bfloat16
+
+
 def _measure(
     weights: list[nf4.Nf4Matrix], rows: int, device: torch.device, dtype: torch.dtype
 ) -> Tuned:
@@ -101,7 +106,7 @@ def _measure(
     shape, padded = (first.rows, first.columns), rows_padded(rows)
     x = torch.randn(rows, first.columns, device=device, dtype=dtype)
     kernel, launch = "nf4_matmul", _plain(x)
-    if runs_tiled(device) and dtype == torch.bfloat16:
+    if _is_tiled(device, dtype):
         kernel, launch = "nf4_matmul_tiled", _tiled(tile(x, padded), rows, first)
     before = _time(launch, weights, None)
     counts = sorted({round(waves * count_processors(device)) for waves in WAVES})
