@@ -10,6 +10,7 @@ bench/results/kernels.json.
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def matrix(parts: Quantized, columns: int) -> nf4.Nf4Matrix:
         absmax=torch.cat([state.absmax for state in states]),
         absmax2=torch.cat([state.state2.absmax for state in states]),
         code=states[0].code,
+        pairs=nf4.byte_pairs(states[0].code, torch.bfloat16),
         code2=states[0].state2.code,
         heights=tuple(state.shape[0] for state in states),
         offsets=tuple(float(state.offset) for state in states),
@@ -133,16 +135,19 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
     assert torch.equal(written, torch.cat(decoded)), name
     sets = max(1, int(ROTATED / moved))
     weights = [
-        nf4.Nf4Matrix(
-            weight.packed.clone(), weight.absmax.clone(), weight.absmax2.clone(), weight.code,
-            weight.code2, weight.heights, weight.offsets, columns,
+        replace(
+            weight,
+            packed=weight.packed.clone(),
+            absmax=weight.absmax.clone(),
+            absmax2=weight.absmax2.clone(),
         )
         for _ in range(sets)
-    ]  # fmt: skip
+    ]
+    half_weight = replace(weight, pairs=nf4.byte_pairs(weight.code, torch.float16))
     lines = []
     for rows in ROWS:
         x = torch.randn(rows, columns, device="cuda").bfloat16()
-        ours, half = nf4_matmul(x, weight), nf4_matmul(x.half(), weight)
+        ours, half = nf4_matmul(x, weight), nf4_matmul(x.half(), half_weight)
         error = excess(ours, x, exact)
         assert max(error, excess(half, x.half(), exact)) < 1.0, f"{name}, {rows} rows: {error}"
         assert torch.equal(ours, nf4_matmul(x, weight))

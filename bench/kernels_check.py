@@ -1,4 +1,4 @@
-"""Every kernel on a CUDA card against its torch reference, and its time in a CUDA graph.
+"""The Triton kernels of a plain step on a CUDA card: against their references, and their time.
 
     PYTHONPATH=src python bench/kernels_check.py
 

@@ -325,6 +325,14 @@ def test_one_signal_ends_every_frontend(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
-def test_tune_without_a_card_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune"]) == 2
-    assert "no NVIDIA card" in capsys.readouterr().err
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu"])
+def test_tune_without_a_card_says_so(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--device", device]) in (2, 3)
+    err = capsys.readouterr().err
+    assert device in err or "CUDA" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_tune_on_a_cpu_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--device", "cpu"]) == 2
+    assert "nothing to tune on cpu: it is no NVIDIA card" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Measures on the card at hand how many blocks are best for each product of a model."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,14 @@ from qlorachat.kernels.device import count_processors
 from qlorachat.kernels.nf4_matmul import nf4_matmul
 from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
+from qlorachat.model.lora import GROUPS
 
 cuda: Any = torch.cuda
 ROWS = (1, 16, 32)  # each stands for all that are padded like it
-MOST_ROWS = 64  # where they are padded so: on Hopper
+TILED_ROWS = (*ROWS, 64)
 WAVES = (0.75, 0.9, 0.97, 1.0, 1.5, 1.94, 2.0, 3.0)  # blocks for each processor
 ROTATED = 8  # times the L2: weights that a measurement walks through
 GAIN = 0.99  # of the time that is kept before; less is noise
-FUSED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,35 +35,50 @@ class Tuned:
     blocks: int | None  # None: those before
 
 
-def tune(
-    shapes: Mapping[str, tuple[int, int]], device: torch.device, dtype: torch.dtype
-) -> Iterator[Tuned]:
-    """Each product of a model with modules of these shapes as it is measured; then all are kept.
+def tune(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Iterator[Tuned]:
+    """Each product of a model with modules of these shapes, kept as soon as it is measured.
 
-    Raises ConfigError where the card does not run our products.
+    Raises ConfigError where the card or the shapes are none for our products, and where nothing
+    can be kept.
     """
     if reason := nf4.why_not(device):
         raise ConfigError(f"There is nothing to tune on {device}: {reason}.")
-    measured = {}
+    return _tune(_products(shapes), device)
+
+
+def _tune(products: Sequence[tuple[tuple[int, ...], int]], device: torch.device) -> Iterator[Tuned]:
     with torch.inference_mode(), torch.cuda.device(device):
-        for heights, columns in _products(shapes):
+        for heights, columns in products:
             weights = _random_weights(heights, columns, device)
-            for rows in (*ROWS, MOST_ROWS) if _is_tiled(device, dtype) else ROWS:
-                best = _measure(weights, rows, device, dtype)
-                if best.blocks is not None:
-                    measured[best.kernel, rows_padded(rows), best.shape] = best.blocks
-                yield best
-    tuned.keep(measured, device)
+            for rows in ROWS:
+                yield _keep(_measure("nf4_matmul", _plain(weights[0], rows), weights, rows), device)
+            for rows in TILED_ROWS if runs_tiled(device) else ():
+                launch = _tiled(weights[0], rows)
+                yield _keep(_measure("nf4_matmul_tiled", launch, weights, rows), device)
+
+
+def _keep(best: Tuned, device: torch.device) -> Tuned:
+    if best.blocks is not None:
+        key = best.kernel, rows_padded(best.rows), best.shape
+        try:
+            tuned.keep({key: best.blocks}, device)
+        except OSError as error:
+            raise ConfigError(f"What was measured can't be kept: {error}.") from error
+    return best
 
 
 def _products(shapes: Mapping[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], int]]:
     """Heights of the parts and columns of the fused projections of the first layer."""
-    first = {
-        name.rpartition(".")[2]: shape for name, shape in shapes.items() if ".layers.0." in name
-    }
-    if not all(name in first for names in FUSED for name in names):
-        raise ConfigError("There is nothing to tune: the model is not of the Llama family.")
-    return [(tuple(first[name][0] for name in names), first[names[0]][1]) for names in FUSED]
+    products = []
+    for modules in GROUPS.values():
+        parts = [shapes.get(f"model.layers.0.{module}") for module in modules]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            raise ConfigError("There is nothing to tune: the model is not of the Llama family.")
+        if any(height % 16 or columns % 64 for height, columns in known):
+            raise ConfigError(f"There is nothing to tune: our products take no weights of {known}.")
+        products.append((tuple(height for height, _ in known), known[0][1]))
+    return products
 
 
 def _random_weights(
@@ -76,6 +91,7 @@ def _random_weights(
     groups = sum(-(-height * columns // 64 // 256) for height in heights)
     spread = torch.linspace(-1, 1, 256, device=device)
     code = spread[::17].contiguous()
+    pairs = nf4.byte_pairs(code, torch.bfloat16)
 
     def random_bytes(size: int) -> torch.Tensor:
         return torch.randint(256, (size,), dtype=torch.uint8, device=device)
@@ -86,6 +102,7 @@ def _random_weights(
             absmax=random_bytes(elements // 64),
             absmax2=torch.rand(groups, device=device),
             code=code,
+            pairs=pairs,
             code2=spread,
             heights=heights,
             offsets=(0.0,) * len(heights),
@@ -95,19 +112,8 @@ def _random_weights(
     ]
 
 
-def _is_tiled(device: torch.device, dtype: torch.dtype) -> bool:
-    return runs_tiled(device) and dtype == torch.bfloat16
-
-
-def _measure(
-    weights: list[nf4.Nf4Matrix], rows: int, device: torch.device, dtype: torch.dtype
-) -> Tuned:
-    first = weights[0]
-    shape, padded = (first.rows, first.columns), rows_padded(rows)
-    x = torch.randn(rows, first.columns, device=device, dtype=dtype)
-    kernel, launch = "nf4_matmul", _plain(x)
-    if _is_tiled(device, dtype):
-        kernel, launch = "nf4_matmul_tiled", _tiled(tile(x, padded), rows, first)
+def _measure(kernel: str, launch: "Launch", weights: Sequence[nf4.Nf4Matrix], rows: int) -> Tuned:
+    device, shape = weights[0].packed.device, (weights[0].rows, weights[0].columns)
     before = _time(launch, weights, None)
     counts = sorted({round(waves * count_processors(device)) for waves in WAVES})
     times = {blocks: _time(launch, weights, blocks) for blocks in counts}
@@ -120,16 +126,19 @@ def _measure(
 Launch = Callable[[nf4.Nf4Matrix, int | None], None]
 
 
-def _plain(x: torch.Tensor) -> Launch:
+def _plain(weight: nf4.Nf4Matrix, rows: int) -> Launch:
+    x = _random_rows(weight, rows)
+
     def launch(weight: nf4.Nf4Matrix, blocks: int | None) -> None:
         nf4_matmul(x, weight, blocks=blocks)
 
     return launch
 
 
-def _tiled(x: torch.Tensor, rows: int, weight: nf4.Nf4Matrix) -> Launch:
+def _tiled(weight: nf4.Nf4Matrix, rows: int) -> Launch:
     """With an adapter of rank 16 beside the weight."""
-    ranks, padded = 16 * len(weight.heights), x.shape[1]
+    ranks, padded = 16 * len(weight.heights), rows_padded(rows)
+    x = tile(_random_rows(weight, rows), padded)
     sums = torch.zeros(weight.rows, padded, device=x.device)
     adapter = Shrinking(
         a=torch.randn(1, ranks, weight.columns, device=x.device, dtype=x.dtype),
@@ -143,7 +152,12 @@ def _tiled(x: torch.Tensor, rows: int, weight: nf4.Nf4Matrix) -> Launch:
     return launch
 
 
-def _time(launch: Launch, weights: list[nf4.Nf4Matrix], blocks: int | None) -> float:
+def _random_rows(weight: nf4.Nf4Matrix, rows: int) -> torch.Tensor:
+    shape, device = (rows, weight.columns), weight.packed.device
+    return torch.randn(shape, device=device, dtype=weight.pairs.dtype)
+
+
+def _time(launch: Launch, weights: Sequence[nf4.Nf4Matrix], blocks: int | None) -> float:
     """Microseconds of one launch: the median of replays of a graph over all weights."""
     launch(weights[0], blocks)
     cuda.synchronize()

@@ -13,7 +13,7 @@ UNTOUCHED = 7.0  # in the padding of a tiled x
 
 
 class StepCase(NamedTuple):
-    """What a product leaves; padding rows of sums are zero, of the rest NaN."""
+    """What a product leaves; NaN in its padding rows, but for sums beyond its last 8 rows."""
 
     sums: torch.Tensor
     adapters: RowAdapters | None
@@ -34,8 +34,8 @@ def make_step(
             slots=torch.randint(0, slots + 1, (rows,), dtype=torch.int32),
             scales=torch.rand(rows) * 2,
         )
-    sums = torch.randn(outputs, padded)
-    sums[:, rows:] = 0
+    sums = _poisoned(torch.randn(outputs, padded), rows)
+    sums[:, -(-rows // 8) * 8 :] = 0
     return StepCase(
         sums=sums,
         adapters=adapters,

@@ -32,6 +32,7 @@ def make_matrix(
         absmax=torch.cat([state.absmax for _, state in parts]),
         absmax2=torch.cat([state.state2.absmax for _, state in parts]),
         code=first.code,
+        pairs=nf4.byte_pairs(first.code, torch.bfloat16),
         code2=first.state2.code,
         heights=heights,
         offsets=tuple(float(state.offset) for _, state in parts),
@@ -70,7 +71,8 @@ def test_a_cpu_is_told_why() -> None:
     assert nf4.why_not(torch.device("cpu")) == "it is no NVIDIA card"
 
 
-ARCHITECTURES = {"sm_80": 0, "sm_86": 0, "sm_89": 0, "sm_90a": 1024}  # where shared memory begins
+# where shared memory begins
+ARCHITECTURES = {"sm_80": 0, "sm_86": 0, "sm_89": 0, "sm_90a": 1024, "sm_120": 1024}
 ROWS = {"nf4_matmul.cu": (8, 16, 32), "nf4_matmul_hopper.cu": (8, 16, 32, 64)}
 
 

@@ -6,7 +6,6 @@ from pydantic import Field
 
 from qlorachat.cli.settings import CommandSettings, parse
 from qlorachat.config import DEMO_MODEL
-from qlorachat.errors import ConfigError
 
 
 class TuneSettings(CommandSettings):
@@ -21,19 +20,17 @@ class TuneSettings(CommandSettings):
 def tune(arguments: Sequence[str]) -> None:
     """Run the command."""
     settings = parse(TuneSettings, arguments, command="tune")
-    import torch  # takes seconds, wrong options none
-
     from qlorachat.checkpoints import linear_shapes, locate
+    from qlorachat.checkpoints.load import resolve_device  # torch takes seconds, wrong options none
     from qlorachat.tuning import tune as measure
 
-    if not torch.cuda.is_available():
-        raise ConfigError("There is nothing to tune: this machine has no NVIDIA card at work.")
-    device = torch.device(settings.device)
-    device = torch.device(device.type, device.index or 0)
+    device = resolve_device(settings.device)
     checkpoint = locate(settings.model, revision=settings.revision, offline=settings.offline)
-    print(f"{torch.cuda.get_device_name(device)}, {checkpoint.name}")
-    print(f"{'weight':>15}{'rows':>6}{'before':>12}{'after':>12}{'blocks':>8}")
-    for each in measure(linear_shapes(checkpoint), device, torch.bfloat16):
+    lines = measure(linear_shapes(checkpoint), device)
+    print(f"{checkpoint.name} on {device}")
+    print(f"{'kernel':<18}{'weight':>15}{'rows':>6}{'before':>12}{'after':>12}{'blocks':>8}")
+    for each in lines:
         weight = f"{each.shape[0]} x {each.shape[1]}"
         times = f"{each.before:>9.1f} us{each.after:>9.1f} us"
-        print(f"{weight:>15}{each.rows:>6}{times}{each.blocks or 'as is':>8}", flush=True)
+        line = f"{each.kernel:<18}{weight:>15}{each.rows:>6}{times}{each.blocks or 'as is':>8}"
+        print(line, flush=True)

@@ -158,6 +158,7 @@ class PagedBackend:
 
     def _run(self) -> None:
         try:
+            self._runner.use_device()
             while self._failure is None:
                 self._read_inbox(wait=self._pending is None and self._scheduler.idle)
                 self.step()

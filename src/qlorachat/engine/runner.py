@@ -68,6 +68,11 @@ class Runner:
         if self._device.type == "cuda":
             self._graphs = DecodeGraphs(model, cache, self._last, blocks_per_sequence)
 
+    def use_device(self) -> None:
+        """First, by the thread that launches: Triton and graphs take the current device."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
         """Start a step; nothing here waits for the device."""

@@ -4,7 +4,6 @@ import ctypes
 import functools
 import hashlib
 import importlib
-import importlib.util
 import logging
 from collections.abc import Sequence
 from importlib import resources
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from qlorachat.durable import write_whole
+from qlorachat.kernels.device import is_hopper
 from qlorachat.user_cache import cache_root
 
 log = logging.getLogger(__name__)
@@ -24,14 +24,10 @@ HEADER = "nf4.cuh"  # which all sources include
 def found() -> bool:
     """Whether cuda-bindings and NVRTC are installed; else nothing here may be called."""
     try:
-        if importlib.util.find_spec("cuda.bindings.nvrtc") is None:
-            return False
-    except ModuleNotFoundError:
-        return False
-    pathfinder: Any = importlib.import_module("cuda.pathfinder")
-    try:
+        importlib.import_module("cuda.bindings.nvrtc")
+        pathfinder: Any = importlib.import_module("cuda.pathfinder")
         pathfinder.load_nvidia_dynamic_lib("nvrtc")
-    except (RuntimeError, OSError):
+    except (ImportError, RuntimeError, OSError):
         return False
     return True
 
@@ -39,7 +35,7 @@ def found() -> bool:
 def architecture(device: torch.device) -> str:
     """What NVRTC calls a card: sm_90a has instructions that no other card has."""
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+    return f"sm_{major}{minor}" + ("a" if is_hopper(device) else "")
 
 
 def compile_source(name: str, architecture: str, definitions: Sequence[str]) -> bytes:
@@ -62,16 +58,20 @@ def compile_source(name: str, architecture: str, definitions: Sequence[str]) -> 
     return bytes(code)
 
 
-def machine_code(name: str, architecture: str, definitions: Sequence[str]) -> bytes:
-    """What `compile_source` makes, from the user's cache if it was made before."""
+def machine_code(
+    name: str, architecture: str, definitions: Sequence[str], *, anew: bool = False
+) -> bytes:
+    """What `compile_source` makes, from the user's cache if it was made before, unless `anew`."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
     compiler = (nvrtc.nvrtcVersion(), architecture, *definitions)
     made_of = hashlib.sha256(b"".join((_read(name), _read(HEADER), repr(compiler).encode())))
     path = cache_root() / "kernels" / f"{name}-{architecture}-{made_of.hexdigest()[:32]}.cubin"
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        log.info("compiling the kernels of %s for %s, once", name, architecture)
+        if not anew:
+            return path.read_bytes()
+    except OSError:
+        pass
+    log.info("compiling the kernels of %s for %s, once", name, architecture)
     code = compile_source(name, architecture, definitions)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +83,12 @@ def machine_code(name: str, architecture: str, definitions: Sequence[str]) -> by
 
 def _read(name: str) -> bytes:
     return resources.files(__package__).joinpath(name).read_bytes()
+
+
+def load(names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load whole sources. Raises RuntimeError, OSError."""
+    for name in names:
+        _load(name, dtype, find_shared_base(device), device)
 
 
 @functools.cache
@@ -153,9 +159,13 @@ def _type(argument: torch.Tensor | int | float) -> Any:
 def _load(name: str, dtype: torch.dtype, shared_base: int, device: torch.device) -> Any:
     driver: Any = importlib.import_module("cuda.bindings.driver")
     definitions = [f"BF16={int(dtype == torch.bfloat16)}", f"SHARED_BASE={shared_base}"]
-    code = machine_code(name, architecture(device), definitions)
     with torch.cuda.device(device):
-        return _done(driver.cuModuleLoadData(code))
+        code = machine_code(name, architecture(device), definitions)
+        answer = driver.cuModuleLoadData(code)
+        if answer[0].value:  # what was kept may be damaged
+            code = machine_code(name, architecture(device), definitions, anew=True)
+            answer = driver.cuModuleLoadData(code)
+        return _done(answer)
 
 
 def _function(module: Any, kernel: str, most_shared_bytes: int) -> Any:

@@ -42,6 +42,16 @@ def starts_early(device: torch.device) -> bool:
     )
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a card has wgmma, which no other generation has."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) == (9, 0)
+    )
+
+
 def dependent_launch(tensor: torch.Tensor) -> dict[str, bool]:
     """Options of a Triton kernel that calls `wait_for_previous` before it touches anything."""
     early = starts_early(tensor.device)

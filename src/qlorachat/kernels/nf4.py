@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from qlorachat.kernels import cuda_source
+from qlorachat.kernels.device import is_hopper
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +20,15 @@ class Nf4Matrix:
     packed: uint8 [N * K / 2], two weights a byte, the first in the high nibble. absmax: uint8
     [N * K / 64]. absmax2: float32, one for each 256 absmax bytes of a part, part after part.
     Weight = code[nibble] * (code2[absmax] * absmax2 + offset), with code float32 [16], code2
-    float32 [256]. heights: rows of each part, multiples of 16; offsets: one a part.
+    float32 [256]. pairs: `byte_pairs` of the code in the dtype of x. heights: rows of each part,
+    multiples of 16; offsets: one a part.
     """
 
     packed: torch.Tensor
     absmax: torch.Tensor
     absmax2: torch.Tensor
     code: torch.Tensor
+    pairs: torch.Tensor
     code2: torch.Tensor
     heights: tuple[int, ...]
     offsets: tuple[float, ...]
@@ -40,6 +43,7 @@ class Nf4Matrix:
         assert self.absmax.numel() == self.rows * blocks
         assert self.absmax2.numel() == sum(self.groups)
         assert self.packed.dtype == self.absmax.dtype == torch.uint8
+        assert self.pairs.shape == (256, 2)
 
     @property
     def rows(self) -> int:
@@ -61,8 +65,10 @@ def why_not(device: torch.device) -> str | None:
     if not cuda_source.found():
         return "cuda-bindings or NVRTC is not installed (pip install qlorachat[cuda])"
     try:
-        cuda_source.find_shared_base(device)
-    except RuntimeError as error:
+        hopper = ["nf4_matmul_hopper.cu"] if is_hopper(device) else []
+        sources = ["nf4_matmul.cu", "nf4_write_out.cu", *hopper]
+        cuda_source.load(sources, torch.bfloat16, device)
+    except (RuntimeError, OSError) as error:
         return f"its driver does not take what NVRTC compiles ({error})"
     return None
 
@@ -104,12 +110,10 @@ def absmax(weight: Nf4Matrix) -> torch.Tensor:
     return torch.cat(scales)
 
 
-@functools.cache
 def byte_pairs(code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """int32 [256]: the two weights that each byte stands for, the first in the low half."""
-    half = code.to(dtype).view(torch.int16).int() & 0xFFFF
+    """[256, 2] of the dtype: the two weights that each byte stands for, high nibble first."""
     byte = torch.arange(256, device=code.device)
-    return half[byte >> 4] | half[byte & 15] << 16
+    return code.to(dtype)[torch.stack([byte >> 4, byte & 15], 1)]
 
 
 def dimensions(weight: Nf4Matrix) -> list[int | float]:

@@ -6,7 +6,7 @@ import torch
 
 from qlorachat.kernels import cuda_source
 from qlorachat.kernels.device import count_processors, starts_early
-from qlorachat.kernels.nf4 import Nf4Matrix, byte_pairs, dimensions, nf4_dequantize
+from qlorachat.kernels.nf4 import Nf4Matrix, dimensions, nf4_dequantize
 from qlorachat.kernels.tuned import tuned_blocks
 
 MOST_ROWS = 64  # above, it is better to write the weights out and multiply
@@ -27,7 +27,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, blocks: int | None = None)
     assert 1 <= rows <= MOST_ROWS
     if not x.is_cuda:
         return nf4_matmul_reference(x, weight)
-    assert x.dtype in (torch.bfloat16, torch.float16)
+    assert x.dtype == weight.pairs.dtype
     out = x.new_empty(rows, weight.rows)
     shape = _shape(rows)
     tuned = tuned_blocks("nf4_matmul", 8 * shape.tiles, (weight.rows, weight.columns), x.device)
@@ -40,7 +40,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, blocks: int | None = None)
     grid = (-(-(weight.rows // 16) // groups), -(-rows // (8 * shape.tiles)))
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2),
-        *(byte_pairs(weight.code, x.dtype), weight.code2, x, out),
+        *(weight.pairs, weight.code2, x, out),
         *(rows, *dimensions(weight), groups),
     )
     cuda_source.launch(

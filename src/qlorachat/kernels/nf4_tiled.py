@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from qlorachat.kernels import cuda_source
-from qlorachat.kernels.device import count_processors
-from qlorachat.kernels.nf4 import Nf4Matrix, byte_pairs, dimensions, nf4_dequantize
+from qlorachat.kernels.device import count_processors, is_hopper
+from qlorachat.kernels.nf4 import Nf4Matrix, dimensions, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import TABLE_BYTES
 from qlorachat.kernels.tiles import untile
 from qlorachat.kernels.tuned import tuned_blocks
@@ -59,7 +59,7 @@ INSTANCES = {
 
 def runs_tiled(device: torch.device) -> bool:
     """Whether `nf4_matmul_tiled` is a kernel where `nf4.why_not` has nothing against."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return is_hopper(device)
 
 
 def nf4_matmul_tiled(
@@ -89,6 +89,7 @@ def nf4_matmul_tiled(
     if not x.is_cuda:
         nf4_matmul_tiled_reference(x, rows, weight, sums, adapters)
         return
+    assert x.dtype == weight.pairs.dtype
     threads, per_processor = INSTANCES[padded]
     aligned = weight.columns // 64 % _UNIT_BLOCKS == 0
     name = f"nf4_matmul_{padded}" + ("" if aligned else "_ragged")
@@ -100,7 +101,7 @@ def nf4_matmul_tiled(
     slots, a_rows = (1, 0) if adapters is None else (len(adapters.a), len(adapters.shrunk))
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2),
-        *(byte_pairs(weight.code, x.dtype), weight.code2, x, sums),
+        *(weight.pairs, weight.code2, x, sums),
         *(adapters or Shrinking(sums, sums, sums)),
         *(rows, *dimensions(weight), a_rows // slots, _SPLITS, blocks),
     )

@@ -1,8 +1,9 @@
 """What a product of the fused decode step leaves, and how the kernels after it read that.
 
-Sums are float32 [N, P], W x of P padded rows, M of them real, the others zero. Whoever reads an
-element leaves zero: the next product adds to it. The adapters' B is applied here, to A x from the
-same product, and so is the norm of x, which was put off until its rows' squares were known.
+Sums are float32 [N, P], W x of P padded rows, M of them real. A product adds to 8 rows at a time:
+padding among its last 8 may hold anything, what follows is zero. Whoever reads leaves zeros in all
+of them, for the next product to add to. The adapters' B is applied here, to A x from the same
+product, and so is the norm of x, which was put off until its rows' squares were known.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def take_sums_reference(
     columns: where the parts of N begin, and N, as for `lora_expand_add`.
     """
     taken = sums[:, :rows].T.contiguous()
-    sums[:, :rows] = 0
+    sums.zero_()
     if adapters is not None:
         shrunk, b, slots, scales = adapters
         every = shrunk[:, :rows].view(len(b), -1, rows)  # [S, parts * R, M]
@@ -220,7 +221,7 @@ def clear_sums(
     known: tl.tensor,
     padded: tl.constexpr,
 ) -> None:
-    """Zeros where `load_sums` read; the padding holds zeros anyway."""
+    """Zeros where `load_sums` read, in the padding too."""
     # another thread than the one that reads an element may be the one to clear it
     tl.debug_barrier()
     zeros = tl.zeros([row.shape[0], column.shape[0]], tl.float32)

@@ -1,4 +1,4 @@
-"""A decode step in ten launches a layer, on Hopper.
+"""A decode step in nine or ten launches a layer, on Hopper.
 
 A product leaves float32 sums of W x and, beside them, A x of every adapter. The kernel that reads
 them adds each row's B, and writes the next product's input. A norm's factor is applied late: by the
@@ -12,6 +12,7 @@ import torch
 
 from qlorachat import kernels
 from qlorachat.kernels.decode_step import rope_and_cache_sums, silu_mul_sums
+from qlorachat.kernels.device import runs_triton
 from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.nf4_matmul import MOST_ROWS
 from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
@@ -34,6 +35,8 @@ def why_not_fused(layers: Sequence[Layer], dtype: torch.dtype) -> str | None:
         return "projections have biases"
     if not runs_tiled(layers[0].attention_norm.device):
         return "the card is no Hopper"
+    if not runs_triton(layers[0].attention_norm):
+        return "Triton is not installed"
     if dtype != torch.bfloat16:
         return "float16 has too small a range for a norm that is applied late"
     return None
@@ -105,7 +108,9 @@ class FusedDecode:
         self._workspaces: dict[tuple[int, int], _Workspace] = {}
 
     def takes(self, rows: Rows) -> bool:
-        return isinstance(rows.attention, DecodeRows) and len(rows.ids) <= MOST_ROWS
+        looked_up = not rows.lora.active or rows.lora.slots is not None
+        paged = isinstance(rows.attention, DecodeRows)
+        return paged and looked_up and len(rows.ids) <= MOST_ROWS
 
     def __call__(self, rows: Rows, cache: KVCache) -> torch.Tensor:
         """(rows, hidden), before the final norm; keys and values are cached."""

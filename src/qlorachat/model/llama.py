@@ -8,6 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from qlorachat import kernels
+from qlorachat.kernels.nf4_tiled import runs_tiled
 from qlorachat.model.cache import KVCache
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
 from qlorachat.model.layer import Layer, take_layer
@@ -41,9 +42,11 @@ class PagedLlama:
             for index, layer in enumerate(model.model.layers)
         ]
         self._fused: FusedDecode | None = None
-        if why_not_fused(self._layers, self.dtype) is None:
+        if (reason := why_not_fused(self._layers, self.dtype)) is None:
             rope = (self._cos, self._sin)
             self._fused = FusedDecode(self._layers, self._embedding, rope, self._epsilon)
+        elif runs_tiled(self.device):
+            log.info("decode steps are not fused, which is slower: %s", reason)
 
     def hidden(self, rows: Rows, cache: KVCache) -> torch.Tensor:
         """The final hidden state of every row, (rows, hidden), its keys and values cached."""
@@ -85,10 +88,16 @@ class PagedLlama:
 
 
 def _say_whose_kernels(model: Any) -> None:
-    """On a card, one line if the NF4 products stay with bitsandbytes."""
+    """On a card, one line if NF4 products stay with bitsandbytes."""
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    if layers and model.device.type == "cuda" and (reason := why_not(layers)):
-        log.info("the NF4 weights are multiplied by bitsandbytes, which is slower: %s", reason)
+    if model.device.type != "cuda" or not layers:
+        return
+    reasons = [reason for layer in layers if (reason := why_not([layer]))]
+    if reasons:
+        log.info(
+            "bitsandbytes, which is slower, multiplies %d of %d NF4 layers: %s",
+            *(len(reasons), len(layers), reasons[0]),
+        )
 
 
 def _rope_tables(model: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,9 +125,9 @@ class AdapterStacks:
 
     def allocate(self, slots: int, rank: int) -> None:
         """Make room; every adapter has to be written again."""
-        self.slots, self.rank = slots, _whole_tiles(rank)
+        self.slots, self.rank = _rounded(slots, rank)
         for projection in self._projections():
-            projection.allocate(slots, self.rank, self._dtype, self._device)
+            projection.allocate(self.slots, self.rank, self._dtype, self._device)
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Copy an adapter into a slot."""
@@ -136,7 +136,7 @@ class AdapterStacks:
 
     def bytes_of(self, slots: int, rank: int) -> int:
         """What `allocate` would take."""
-        rank = _whole_tiles(rank)
+        slots, rank = _rounded(slots, rank)
         elements = sum(
             len(p.modules) * rank * p.inputs + p.columns[-1] * rank for p in self._projections()
         )
@@ -146,6 +146,6 @@ class AdapterStacks:
         return [projection for layer in self._layers for projection in layer.projections]
 
 
-def _whole_tiles(rank: int) -> int:
-    """What a tensor core takes at a time is 16."""
-    return -(-rank // 16) * 16
+def _rounded(slots: int, rank: int) -> tuple[int, int]:
+    """Kernels are compiled for a count of slots, so few counts; tensor cores take 16 ranks."""
+    return 1 << (slots - 1).bit_length(), -(-rank // 16) * 16

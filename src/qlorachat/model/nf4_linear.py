@@ -23,7 +23,7 @@ def why_not(parts: Sequence[Linear4bit]) -> str | None:
         return "the weights have no double quantization"
     if any(state.shape[1] % 64 or state.shape[0] % 16 for state in states):
         return "a weight's sides are no multiples of 16 and 64"
-    if states[0].dtype not in (torch.bfloat16, torch.float16):
+    if parts[0].compute_dtype not in (torch.bfloat16, torch.float16):
         return "it computes in float32"
     return None
 
@@ -40,6 +40,7 @@ class Nf4Linear(nn.Module):
             absmax=torch.cat([state.absmax for state in states]),
             absmax2=torch.cat([state.state2.absmax for state in states]),
             code=states[0].code,
+            pairs=nf4.byte_pairs(states[0].code, parts[0].compute_dtype),
             code2=states[0].state2.code,
             heights=tuple(state.shape[0] for state in states),
             offsets=tuple(float(state.offset) for state in states),
