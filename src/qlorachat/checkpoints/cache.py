@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from qlorachat.durable import UNFINISHED, sweep, whole_folder
 from qlorachat.errors import ModelError, QlorachatError
-from qlorachat.user_cache import cache_root
+from qlorachat.user_cache import cache_root, file_sizes
 
 MANIFEST = "qlorachat.json"
 
@@ -28,21 +28,23 @@ class CacheEntry:
 def list_entries() -> list[CacheEntry]:
     """What is converted, by name; leftovers of a killed conversion are counted under their name."""
     folders = [path for path in _models().glob("*") if path.is_dir()]
-    return [CacheEntry(path.name, path, _size(path)) for path in sorted(folders)]
+    return [CacheEntry(path.name, path, sum(file_sizes(path).values())) for path in sorted(folders)]
 
 
 def clear() -> list[CacheEntry]:
-    """Remove every entry and say which; raises QlorachatError for one that is in use."""
+    """Remove every entry and say which; raises QlorachatError for one that can't be removed."""
     entries = list_entries()
     try:
         for name in {entry.name.partition(UNFINISHED)[0] for entry in entries}:
-            with FileLock(_lock_file(name), timeout=0):  # its Timeout is an OSError too
+            with FileLock(_lock_file(name), timeout=0):
                 _sweep(name)
-    except OSError as error:
+    except Timeout as error:
         raise QlorachatError(
             f"The cache {_models()} is in use and could not be cleared ({error}): close whatever "
             "uses it and try again."
         ) from error
+    except OSError as error:
+        raise QlorachatError(f"The cache {_models()} could not be cleared ({error}).") from error
     return entries
 
 
@@ -119,7 +121,3 @@ def _is_whole(entry: Path) -> bool:
         return all((entry / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: plugins, render, check; and cache, which may clear."""
+"""Commands that look and change nothing: plugins, render, check."""
 
 import json
 import sys
@@ -41,12 +41,6 @@ class CheckSettings(CommandSettings):
     model: str | None = Field(None, description="hold it against this base model's shapes")
     revision: str | None = Field(None, description="branch, tag or commit of the base model")
     offline: bool = Field(False, description="never ask the hub; use what is on disk")
-
-
-class CacheSettings(CommandSettings):
-    """List or clear the converted models on disk; the hub's own cache is not touched."""
-
-    action: CliPositionalArg[Literal["list", "clear"]] = Field("list", description="list or clear")
 
 
 def plugins(arguments: Sequence[str]) -> None:
@@ -101,22 +95,6 @@ def check(arguments: Sequence[str]) -> None:
     errors = [finding for finding in inspection.findings if finding.level == "error"]
     if errors:
         raise AdapterError(f"{folder} would be refused: {len(errors)} errors.")
-
-
-def cache(arguments: Sequence[str]) -> None:
-    """Run `qlorachat cache`."""
-    settings = parse(CacheSettings, arguments, command="cache")
-    from qlorachat.checkpoints.cache import clear, list_entries
-    from qlorachat.user_cache import cache_root
-
-    entries = list_entries()
-    if settings.action == "clear":
-        clear()
-        print(f"cleared {len(entries)} entries of {cache_root()}", file=sys.stderr)
-        return
-    for entry in entries:
-        print(f"{entry.bytes / 1e6:9.1f} MB  {entry.name}  {entry.path}")
-    print(f"{len(entries)} entries in {cache_root()}", file=sys.stderr)
 
 
 def _plugin_line(row: PluginRow) -> str:

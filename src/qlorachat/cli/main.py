@@ -42,7 +42,9 @@ COMMANDS = {
         Command("plugins", "look", "list the installed plugins and what they offer"),
         Command("render", "look", "show the prompt that messages become, as text and token ids"),
         Command("check", "look", "say all that would be refused or warned of in an adapter"),
-        Command("cache", "look", "list or clear the converted models on disk"),
+        Command(
+            "cache", "cache", "list or clear what is kept on disk: models, kernels, measurements"
+        ),
     )
 }
 
