@@ -82,12 +82,13 @@ def main() -> None:
         for batch, context in ((1, 1024), (32, 256)):
             decode_rows(backend, batch, context, {"one adapter of rank 64": [wide]}, record)
     backend.close()
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def note(record: dict[str, Any], name: str, value: object) -> None:
+    """Kept at once: a run that is cut short has what it measured."""
     record[name] = value
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{name}: {value}", flush=True)
 
 

@@ -171,30 +171,42 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
     return lines
 
 
+def random_adapters(weight: nf4.Nf4Matrix, rows: int, slots: int) -> Shrinking:
+    """Of rank 16; with one slot all rows have it, with more some have none."""
+    ranks = 16 * len(weight.heights)
+    own = torch.arange(rows, dtype=torch.int32, device="cuda") % (slots + 1)
+    return Shrinking(
+        a=(torch.randn(slots, ranks, weight.columns, device="cuda") * 0.02).bfloat16(),
+        b=torch.zeros(slots, weight.rows, 16, device="cuda").bfloat16(),
+        slots=torch.ones_like(own) if slots == 1 else own,
+        shrunk=torch.zeros(rows, slots * ranks, device="cuda"),
+    )
+
+
 def measure_tiled(
     x: torch.Tensor, weights: Sequence[nf4.Nf4Matrix], exact: torch.Tensor, copy: float
 ) -> dict[str, Any]:
     """Hopper's kernel, alone and with an adapter of rank 16 in its launch."""
     weight, rows, padded = weights[0], len(x), rows_padded(len(x))
-    tiled, sums = tile(x, padded), torch.zeros(weight.rows, padded, device="cuda")
-    ranks = 16 * len(weight.heights)
-    adapter = Shrinking(
-        a=(torch.randn(1, ranks, weight.columns, device="cuda") * 0.02).bfloat16(),
-        slots=torch.ones(rows, dtype=torch.int32, device="cuda"),
-        shrunk=torch.zeros(ranks, padded, device="cuda"),
-    )
-    nf4_matmul_tiled(tiled, rows, weight, sums, adapter)
-    error = excess(sums[:, :rows].T, x, exact)
-    expected = x.double() @ adapter.a[0].double().T
-    shrunk = adapter.shrunk[:, :rows].T.double()
+    tiled, sums = tile(x, padded), torch.zeros(rows, weight.rows, device="cuda")
+    several = random_adapters(weight, rows, slots=3)
+    tiled[:, rows:] = float("nan")  # padding is not looked at
+    nf4_matmul_tiled(tiled, weight, sums, several)
+    tiled[:, rows:] = 0
+    error = excess(sums, x, exact)
     assert error < 1.0, f"tiled, {rows} rows: {error}"
-    assert float((shrunk - expected).norm() / expected.norm()) < 1e-5
+    for row, slot in enumerate(several.slots.tolist()):
+        parts = several.shrunk[row].double().view(3, -1)
+        for number in range(3):
+            expected = several.a[number].double() @ x[row].double() * (number + 1 == slot)
+            assert float((parts[number] - expected).norm()) <= 1e-5 * float(expected.norm())
+    adapter = random_adapters(weight, rows, slots=1)
     moved = weight.packed.numel() + weight.absmax.numel() + 4 * weight.absmax2.numel()
     line: dict[str, Any] = {"wgmma, error / bound": round(error, 3)}
     for name, own in {"wgmma": None, "wgmma with A": adapter}.items():
 
         def launch(index: int, own: Shrinking | None = own) -> None:
-            nf4_matmul_tiled(tiled, rows, weights[index], sums, own)
+            nf4_matmul_tiled(tiled, weights[index], sums, own)
 
         time = graph_time(launch, len(weights))
         line |= {f"{name}, us": round(time, 2)}

@@ -139,15 +139,16 @@ def _tiled(weight: nf4.Nf4Matrix, rows: int) -> Launch:
     """With an adapter of rank 16 beside the weight."""
     ranks, padded = 16 * len(weight.heights), rows_padded(rows)
     x = tile(_random_rows(weight, rows), padded)
-    sums = torch.zeros(weight.rows, padded, device=x.device)
+    sums = torch.zeros(rows, weight.rows, device=x.device)
     adapter = Shrinking(
         a=torch.randn(1, ranks, weight.columns, device=x.device, dtype=x.dtype),
+        b=torch.randn(1, weight.rows, 16, device=x.device, dtype=x.dtype),
         slots=torch.ones(rows, dtype=torch.int32, device=x.device),
-        shrunk=torch.zeros(ranks, padded, device=x.device),
+        shrunk=torch.zeros(rows, ranks, device=x.device),
     )
 
     def launch(weight: nf4.Nf4Matrix, blocks: int | None) -> None:
-        nf4_matmul_tiled(x, rows, weight, sums, adapter, blocks=blocks)
+        nf4_matmul_tiled(x, weight, sums, adapter, blocks=blocks)
 
     return launch
 

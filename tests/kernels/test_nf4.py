@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from qlorachat.kernels import cuda_source, nf4
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul_reference
+from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled
+from qlorachat.kernels.tiles import rows_padded, tile
 
 needs_nvrtc = pytest.mark.skipif(
     not cuda_source.found(), reason="cuda-bindings or NVRTC is not installed"
@@ -57,6 +59,24 @@ def test_the_weights_are_those_of_bitsandbytes(
     product = nf4_matmul_reference(x, matrix)
     assert product.dtype == x.dtype
     torch.testing.assert_close(product.float(), x.float() @ expected.T, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 11])
+def test_the_tiled_product_adds_real_rows_alone(rows: int) -> None:
+    matrix, _ = make_matrix((48, 16), 192, largest=1.0)
+    x, slots = torch.randn(rows, 192), torch.arange(rows).int() % 3
+    a, b = torch.randn(3, 32, 192), torch.randn(3, 64, 16)
+    tiled = tile(x, rows_padded(rows))
+    tiled[:, rows:] = float("nan")
+    sums, shrunk = torch.randn(rows, 64), torch.randn(rows, 3 * 32)
+    expected = sums + x @ nf4_dequantize(matrix).T
+    before, every = shrunk.view(rows, 3, 32).clone(), torch.einsum("mk,srk->msr", x, a)
+    nf4_matmul_tiled(tiled, matrix, sums, Shrinking(a, b, slots, shrunk))
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+    added = shrunk.view(rows, 3, 32) - before
+    own = slots[:, None] == torch.arange(1, 4)
+    torch.testing.assert_close(added[own], every[own], rtol=1e-4, atol=1e-4)
+    assert not added[~own].any()
 
 
 def test_a_matrix_refuses_what_its_bytes_do_not_fit() -> None:

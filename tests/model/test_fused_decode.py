@@ -1,8 +1,194 @@
-"""The fused decode step, in a process of its own where Triton is its interpreter."""
+"""FusedDecode against PagedLlama's own way, and why a model may have none."""
 
-from tests.kernels.test_triton import needs_triton, run_checks
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlorachat.kernels.tiles import untile
+from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fused_decode, fusion
+from qlorachat.model.fused_decode import FusedDecode, why_not_fused
+from qlorachat.model.lora import AdapterStacks, LoraRows
+from qlorachat.model.nf4_linear import Nf4Linear
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, BLOCK = 2, 192, 3, 1, 320, 16
+MOST_ROWS = 10
 
 
-@needs_triton
-def test_the_fused_step_is_the_plain_one() -> None:
-    run_checks("../model/fused_checks.py", TRITON_INTERPRET="1")
+def quantized_model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parent in list(model.model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, quantized(child.weight.data * 4))
+    return model
+
+
+def quantized(weight: torch.Tensor) -> Linear4bit:
+    height, width = weight.shape
+    layer = Linear4bit(width, height, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+    return layer
+
+
+def stacks(slots: int) -> AdapterStacks:
+    """Random adapters in every slot; the same ones whenever it is called."""
+    width = HIDDEN // HEADS
+    shapes = {
+        f"model.layers.{layer}.{module}": shape
+        for layer in range(LAYERS)
+        for module, shape in {
+            "self_attn.q_proj": (HIDDEN, HIDDEN),
+            "self_attn.k_proj": (KV_HEADS * width, HIDDEN),
+            "self_attn.v_proj": (KV_HEADS * width, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN),
+            "mlp.gate_proj": (INNER, HIDDEN),
+            "mlp.up_proj": (INNER, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INNER),
+        }.items()
+    }
+    own = AdapterStacks(LAYERS, shapes, dtype=torch.float32, device=torch.device("cpu"))
+    own.allocate(slots, 20)
+    torch.manual_seed(1)
+    for index in range(LAYERS):
+        for projection in own.layer(index).projections:
+            projection.a.normal_(std=0.1)
+            projection.b.normal_(std=0.1)
+    return own
+
+
+def cache() -> KVCache:
+    torch.manual_seed(2)
+    own = KVCache(
+        layers=LAYERS,
+        blocks=MOST_ROWS * 4,
+        block_size=BLOCK,
+        kv_heads=KV_HEADS,
+        head_dim=HIDDEN // HEADS,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    own.keys.normal_()
+    own.values.normal_()
+    return own
+
+
+def decode_rows(slots: Sequence[int], *, active: bool) -> Rows:
+    """Row i is at position 5 i of blocks of its own; the last row is padding."""
+    count = len(slots)
+    positions = torch.arange(count, dtype=torch.int32) * 5
+    tables = torch.randperm(MOST_ROWS * 4)[: count * 4].int().view(count, 4)
+    places = tables[torch.arange(count), (positions // BLOCK).long()] * BLOCK + positions % BLOCK
+    lengths = positions + 1
+    places[-1], lengths[-1], positions[-1] = -1, 0, 0
+    return Rows(
+        ids=torch.arange(count) * 7 + 1,
+        positions=positions,
+        slots=places.int(),
+        attention=DecodeRows(tables, lengths),
+        lora=LoraRows(
+            active,
+            slots=torch.tensor(slots, dtype=torch.int32),
+            scales=torch.linspace(0.5, 1.5, count),
+        ),
+    )
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> PagedLlama:
+    """Two adapters beside our own NF4 layers, whose kernels are their references off a card."""
+    monkeypatch.setattr(fusion, "why_not", lambda parts: None)
+    return PagedLlama(quantized_model(), stacks(2))
+
+
+def fuse(model: PagedLlama) -> FusedDecode:
+    rope = (model._cos, model._sin)
+    return FusedDecode(model._layers, model._embedding, rope, model._epsilon)
+
+
+def assert_clear(fused: FusedDecode) -> None:
+    """The next step finds zeros in all sums, and in all padding of a product's input."""
+    for (padded, _), own in fused._workspaces.items():
+        assert not own._sums.any()
+        for x, width in ((own.hidden, HIDDEN), (own.attended, HIDDEN), (own.inner, INNER)):
+            whole = untile(x, padded, 64 * len(x))
+            assert not whole[:, width:].any()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("slots", [(1, 0), (2, 1, 0, 2), (0, 0, 0), (1, 2, 0) * 3])
+@pytest.mark.parametrize("active", [True, False])
+def test_the_fused_step_is_the_plain_one(
+    slots: tuple[int, ...], active: bool, model: PagedLlama
+) -> None:
+    rows, theirs, ours = decode_rows(slots, active=active), cache(), cache()
+    expected = model.hidden(rows, theirs)
+    model._fused = fuse(model)
+    for _ in range(2):  # the workspace is left as it was found
+        actual = model.hidden(rows, ours)
+        torch.testing.assert_close(actual[:-1], expected[:-1], rtol=1e-4, atol=1e-4)
+        assert_clear(model._fused)
+    torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+    assert len(model._fused._workspaces) == 1
+
+
+@torch.inference_mode()
+def test_counts_padded_alike_share_a_workspace(model: PagedLlama) -> None:
+    steps = [decode_rows(slots, active=True) for slots in ((2, 1, 0, 2, 1), (1, 0), (2, 0, 1))]
+    expected = [model.hidden(rows, cache()) for rows in steps]
+    model._fused = fuse(model)
+    for rows, hidden in zip(steps, expected, strict=True):
+        torch.testing.assert_close(
+            model.hidden(rows, cache())[:-1], hidden[:-1], rtol=1e-4, atol=1e-4
+        )
+        assert_clear(model._fused)
+    assert len(model._fused._workspaces) == 1
+
+
+@torch.inference_mode()
+def test_a_step_that_fails_leaves_no_sums(
+    model: PagedLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, rows = fuse(model), decode_rows((1, 2, 0), active=True)
+    expected = fused(rows, cache())
+    with monkeypatch.context() as broken:
+        broken.setattr(fused_decode, "silu_mul_sums", raise_memory_error)
+        with pytest.raises(MemoryError):
+            fused(rows, cache())
+    assert_clear(fused)
+    torch.testing.assert_close(fused(rows, cache())[:-1], expected[:-1])
+
+
+def raise_memory_error(*arguments: object) -> None:
+    raise MemoryError
+
+
+def test_why_a_model_is_not_fused(model: PagedLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, shape = model._layers, (HEADS, KV_HEADS, HIDDEN // HEADS)
+    assert why_not_fused(layers, torch.bfloat16, *shape) == "the card is no Hopper"
+    monkeypatch.setattr(fused_decode, "runs_tiled", lambda device: True)
+    assert why_not_fused(layers, torch.bfloat16, *shape) is None
+    assert "float16" in str(why_not_fused(layers, torch.float16, *shape))
+    assert "80 wide" in str(why_not_fused(layers, torch.bfloat16, 3, 1, 80))
+    dense = replace(layers[1], down=nn.Linear(INNER, HIDDEN))
+    assert "NF4" in str(why_not_fused([layers[0], dense], torch.bfloat16, *shape))
+    down = layers[1].down
+    assert isinstance(down, Nf4Linear)
+    down.bias = torch.zeros(HIDDEN)
+    assert why_not_fused(layers, torch.bfloat16, *shape) == "projections have biases"

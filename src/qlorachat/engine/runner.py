@@ -83,7 +83,9 @@ class Runner:
         parts: list[tuple[Sequence[ScheduledRow], Sampled]] = []
         scores: list[tuple[int, torch.Tensor]] = []
         if batch.decodes:
-            parts.append((batch.decodes, self._decode(batch.decodes)))
+            # rows with one adapter side by side: kernels take its weights once for all of them
+            decodes = sorted(batch.decodes, key=lambda row: row.slot)
+            parts.append((decodes, self._decode(decodes)))
         if batch.prefills:
             hidden = self._prefill(batch.prefills)
             scores = self._score(hidden, batch.prefills)

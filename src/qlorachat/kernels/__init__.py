@@ -1,7 +1,8 @@
 """The steps of a Llama layer as pure functions of tensors.
 
 Each is a Triton kernel on NVIDIA cards from Ampere on and plain torch elsewhere, and has that torch
-version (`*_reference`) beside it; the NF4 product (`nf4`) is CUDA C. Importing this needs neither.
+version (`*_reference`) beside it; the NF4 product (`nf4`) and a fused decode step are CUDA C.
+Importing this needs neither.
 """
 
 from qlorachat.kernels.activation import silu_mul

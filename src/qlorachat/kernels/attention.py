@@ -17,7 +17,6 @@ from qlorachat.kernels.device import (
     triton,
     wait_for_previous,
 )
-from qlorachat.kernels.tiles import tiled_at, tiled_shape, write_tiled
 
 _TILE = 32  # positions of one load
 _LONG_SPAN = 1024  # positions that one program should not exceed: the others would wait for it
@@ -35,7 +34,6 @@ def paged_decode_attention(
     scale: float,
     out: torch.Tensor,
     splits: int | None = None,
-    tiled: bool = False,
 ) -> None:
     """softmax(scale * q @ keys^T) @ values of each row's own context, written to `out`.
 
@@ -45,33 +43,28 @@ def paged_decode_attention(
     context_lengths: int32 [B], the new token included; 0 for a padding row, whose output is 0.
     splits: a power of two, how many programs share one context; None chooses by card, B and
     max_blocks. On a card nothing waits for the lengths, so a CUDA graph may hold this.
-    tiled: out is tiled instead (see `tiles`), of [B, H * D]; its padding stays as it is.
     """
     _check(q, key_cache, value_cache, block_tables, context_lengths)
-    _check_out(out, q, tiled)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert out.is_contiguous()
     context = (key_cache, value_cache, block_tables, context_lengths)
     if not runs_triton(q):
-        mixed = paged_decode_attention_reference(q, *context, scale)
-        if tiled:
-            write_tiled(mixed.flatten(1), out)
-        else:
-            out.copy_(mixed)
+        out.copy_(paged_decode_attention_reference(q, *context, scale))
         return
     splits = splits or _choose_splits(q, key_cache, block_tables)
-    padded = out.shape[1] if tiled else None
     if splits == 1:
-        _attend(q, *context, scale, out, None, padded)
+        _attend(q, *context, scale, out, None)
         return
     rows, heads, head_dim = q.shape
     means = q.new_empty(rows, heads, splits, head_dim, dtype=torch.float32)
     sums = q.new_empty(rows, heads, splits, dtype=torch.float32)
-    _attend(q, *context, scale, means, sums, None)
+    _attend(q, *context, scale, means, sums)
     shape = {"heads": heads, "head_dim": head_dim, "splits": splits}
     tile = {"tile": _TILE, "column_block": triton.next_power_of_2(head_dim), "num_warps": 2}
     _combine_kernel[(heads, rows)](
         *(means, sums, context_lengths, out),
         **shape,
-        padded=padded,
         **tile,
         **dependent_launch(q),
     )
@@ -163,16 +156,6 @@ def _check(
     assert block_tables.dtype == context_lengths.dtype == torch.int32
 
 
-def _check_out(out: torch.Tensor, q: torch.Tensor, tiled: bool) -> None:
-    if tiled:
-        assert out.shape == tiled_shape(q.shape[1] * q.shape[2], out.shape[1])
-        assert len(q) <= out.shape[1]
-    else:
-        assert out.shape == q.shape
-    assert out.dtype == q.dtype
-    assert out.is_contiguous()
-
-
 def _choose_splits(q: torch.Tensor, key_cache: torch.Tensor, block_tables: torch.Tensor) -> int:
     """Enough programs to fill the card, and no long span; rounded down to a power of two."""
     block_size, kv_heads = key_cache.shape[1:3]
@@ -191,12 +174,8 @@ def _attend(
     scale: float,
     means: torch.Tensor,
     sums: torch.Tensor | None,
-    padded: int | None,
 ) -> None:
-    """Each split's mean, [B, H, splits, D], and log2 of its sum; without `sums` there is one.
-
-    padded: P where `means` is tiled, for one split.
-    """
+    """Each split's mean, [B, H, splits, D], and log2 of its sum; without `sums` there is one."""
     block_size, kv_heads = key_cache.shape[1:3]
     group, head_dim = q.shape[1] // kv_heads, q.shape[2]
     splits = 1 if sums is None else sums.shape[2]
@@ -212,7 +191,6 @@ def _attend(
         *(scale * _LOG2_E, block_tables.stride(0)),
         **shape,
         splits=splits,
-        padded=padded,
         **tile,
         num_warps=4,
         num_stages=5,
@@ -236,7 +214,6 @@ def _attend_kernel(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     splits: tl.constexpr,
-    padded: tl.constexpr,
     tile: tl.constexpr,
     group_block: tl.constexpr,
     column_block: tl.constexpr,
@@ -287,11 +264,7 @@ def _attend_kernel(
 
     mean = (mixed / tl.where(total > 0, total, 1.0)[:, None]).to(means.dtype.element_ty)
     part = head * splits + split
-    if padded is None:
-        tl.store(means + part[:, None] * head_dim + column, mean, mask=mine)
-    else:
-        own = (kv_head * group + member)[:, None] * head_dim + column
-        tl.store(means + tiled_at(row, own, padded), mean, mask=mine)
+    tl.store(means + part[:, None] * head_dim + column, mean, mask=mine)
     if sums is not None:
         tl.store(sums + part, peak + tl.log2(total), mask=member < group)
 
@@ -305,7 +278,6 @@ def _combine_kernel(
     heads: tl.constexpr,
     head_dim: tl.constexpr,
     splits: tl.constexpr,
-    padded: tl.constexpr,
     tile: tl.constexpr,
     column_block: tl.constexpr,
     early: tl.constexpr,
@@ -328,10 +300,7 @@ def _combine_kernel(
     at = means + part[:, None] * head_dim + column[None, :]
     mixed = tl.load(at, mask=written[:, None] & wide[None, :], other=0.0) * shares[:, None]
     mean = tl.sum(mixed, axis=0) / tl.where(total > 0, total, 1.0)
-    at = out + head * head_dim + column
-    if padded is not None:
-        at = out + tiled_at(row, tl.program_id(0) * head_dim + column, padded)
-    tl.store(at, mean.to(out.dtype.element_ty), mask=wide)
+    tl.store(out + head * head_dim + column, mean.to(out.dtype.element_ty), mask=wide)
 
 
 @jit

@@ -17,7 +17,12 @@ from qlorachat.user_cache import cache_root
 
 log = logging.getLogger(__name__)
 
-HEADER = "nf4.cuh"  # which all sources include
+HEADERS = ("common.cuh", "nf4.cuh", "sums.cuh")
+
+# How a Hopper processor splits its 256 kB in a fused step, in % of the most that shared memory may
+# have: enough for every kernel, so that none waits for another split, and no more, for the L1 keeps
+# the absmax bytes of the units to come.
+STEP_SHARED = 85
 
 
 @functools.cache
@@ -44,9 +49,8 @@ def compile_source(name: str, architecture: str, definitions: Sequence[str]) -> 
     Needs no card. Raises RuntimeError with the compiler's words.
     """
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
-    text, header = _read(name), _read(HEADER)
-    headers = ([header], [HEADER.encode()])
-    program = _done(nvrtc.nvrtcCreateProgram(text, name.encode(), 1, *headers))
+    headers = ([_read(each) for each in HEADERS], [each.encode() for each in HEADERS])
+    program = _done(nvrtc.nvrtcCreateProgram(_read(name), name.encode(), len(HEADERS), *headers))
     flags = [f"-arch={architecture}", "-std=c++17", *(f"-D{each}" for each in definitions)]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
     if status.value:
@@ -64,7 +68,8 @@ def machine_code(
     """What `compile_source` makes, from the user's cache if it was made before, unless `anew`."""
     nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
     compiler = (nvrtc.nvrtcVersion(), architecture, *definitions)
-    made_of = hashlib.sha256(b"".join((_read(name), _read(HEADER), repr(compiler).encode())))
+    texts = [_read(each) for each in (name, *HEADERS)]
+    made_of = hashlib.sha256(b"".join((*texts, repr(compiler).encode())))
     path = cache_root() / "kernels" / f"{name}-{architecture}-{made_of.hexdigest()[:32]}.cubin"
     try:
         if not anew:
@@ -85,17 +90,38 @@ def _read(name: str) -> bytes:
     return resources.files(__package__).joinpath(name).read_bytes()
 
 
-def load(names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+def load(
+    names: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    definitions: tuple[str, ...] = (),
+) -> None:
     """Compile and load whole sources. Raises RuntimeError, OSError."""
     for name in names:
-        _load(name, dtype, find_shared_base(device), device)
+        _load(name, dtype, find_shared_base(device), device, definitions)
 
 
 @functools.cache
-def load_kernel(name: str, dtype: torch.dtype, kernel: str, device: torch.device) -> Any:
-    """A function of the file `name` for one card, with as much shared memory as it may want."""
-    module = _load(name, dtype, find_shared_base(device), device)
-    return _function(module, kernel, shared_bytes(device))
+def load_kernel(
+    name: str,
+    dtype: torch.dtype,
+    kernel: str,
+    device: torch.device,
+    definitions: tuple[str, ...] = (),
+    shared_percent: int | None = None,
+) -> Any:
+    """A function of the file `name` for one card, with as much shared memory as it may want.
+
+    shared_percent: how a processor is to split its memory, as `STEP_SHARED`; None: the driver
+    decides.
+    """
+    module = _load(name, dtype, find_shared_base(device), device, definitions)
+    function = _function(module, kernel, shared_bytes(device))
+    if shared_percent is not None:
+        driver: Any = importlib.import_module("cuda.bindings.driver")
+        hint = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _done(driver.cuFuncSetAttribute(function, hint, shared_percent))
+    return function
 
 
 @functools.cache
@@ -109,61 +135,81 @@ def shared_bytes(device: torch.device) -> int:
 def find_shared_base(device: torch.device) -> int:
     """Where dynamic shared memory begins, a constant to the sources; waits for the card."""
     function = _function(
-        _load("nf4_write_out.cu", torch.bfloat16, 0, device), "find_shared_base", 0
+        _load("nf4_write_out.cu", torch.bfloat16, 0, device, ()), "find_shared_base", 0
     )
     base = torch.zeros(1, dtype=torch.int32, device=device)
-    launch(function, (1, 1), 1, 1024, [base], device)
+    launch(function, (1,), 1, 1024, [base], device)
     return int(base)
+
+
+Argument = torch.Tensor | int | float | None
 
 
 def launch(
     function: Any,
-    grid: tuple[int, int],
+    grid: Sequence[int],
     threads: int,
     shared_bytes: int,
-    arguments: Sequence[torch.Tensor | int | float],
+    arguments: Sequence[Argument],
     device: torch.device,
     *,
     early: bool = False,
+    cluster: int = 1,
 ) -> None:
     """Launch on torch's current stream: tensors by address, int as int32, float as float32.
 
     early: it waits by itself for the kernel before it (programmatic dependent launch); only where
-    `device.starts_early`.
+    `device.starts_early`. cluster: neighbours along the grid's first axis; only there too.
     """
     driver: Any = importlib.import_module("cuda.bindings.driver")
-    values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+    values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
     types = tuple(_type(argument) for argument in arguments)
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, *(1,) * (3 - len(grid))
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = shared_bytes
     config.hStream = torch.cuda.current_stream(device).cuda_stream
+    attributes = []
     if early:
-        kinds = driver.CUlaunchAttributeID
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = _attribute("PROGRAMMATIC_STREAM_SERIALIZATION")
+        attributes[-1].value.programmaticStreamSerializationAllowed = 1
+    if cluster > 1:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = _attribute("CLUSTER_DIMENSION")
+        size = attributes[-1].value.clusterDim
+        size.x, size.y, size.z = cluster, 1, 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
     with torch.cuda.device(device):
         _done(driver.cuLaunchKernelEx(config, function, (values, types), 0))
 
 
-def _type(argument: torch.Tensor | int | float) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p
-    return ctypes.c_int if isinstance(argument, int) else ctypes.c_float
+def _attribute(name: str) -> Any:
+    driver: Any = importlib.import_module("cuda.bindings.driver")
+    return getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+
+
+def _type(argument: Argument) -> Any:
+    if isinstance(argument, int):
+        return ctypes.c_int
+    return ctypes.c_float if isinstance(argument, float) else ctypes.c_void_p
 
 
 @functools.cache
-def _load(name: str, dtype: torch.dtype, shared_base: int, device: torch.device) -> Any:
+def _load(
+    name: str,
+    dtype: torch.dtype,
+    shared_base: int,
+    device: torch.device,
+    definitions: tuple[str, ...],
+) -> Any:
     driver: Any = importlib.import_module("cuda.bindings.driver")
-    definitions = [f"BF16={int(dtype == torch.bfloat16)}", f"SHARED_BASE={shared_base}"]
+    own = (f"BF16={int(dtype == torch.bfloat16)}", f"SHARED_BASE={shared_base}", *definitions)
     with torch.cuda.device(device):
-        code = machine_code(name, architecture(device), definitions)
+        code = machine_code(name, architecture(device), own)
         answer = driver.cuModuleLoadData(code)
         if answer[0].value:  # what was kept may be damaged
-            code = machine_code(name, architecture(device), definitions, anew=True)
+            code = machine_code(name, architecture(device), own, anew=True)
             answer = driver.cuModuleLoadData(code)
         return _done(answer)
 
@@ -171,9 +217,13 @@ def _load(name: str, dtype: torch.dtype, shared_base: int, device: torch.device)
 def _function(module: Any, kernel: str, most_shared_bytes: int) -> Any:
     driver: Any = importlib.import_module("cuda.bindings.driver")
     function = _done(driver.cuModuleGetFunction(module, kernel.encode()))
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     if most_shared_bytes:
-        _done(driver.cuFuncSetAttribute(function, attribute, most_shared_bytes))
+        attributes = driver.CUfunction_attribute
+        static = _done(
+            driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
+        )
+        most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _done(driver.cuFuncSetAttribute(function, most, most_shared_bytes - static))
     return function
 
 

@@ -1,20 +1,15 @@
 // What NF4 kernels share: bitsandbytes' bytes on their way into the operand registers of tensor cores.
 //
 // K may be permuted inside a block of 64 weights as long as x follows, so a byte (two neighbours) is
-// one operand register without a shuffle of nibbles. Written without headers, for NVRTC. Compiled
-// with BF16 as 1 or 0 (float16).
+// one operand register without a shuffle of nibbles.
 #pragma once
 
-typedef unsigned int u32;
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 constexpr int TABLE = 65536;  // bytes
 
 // Entry b of the table, at b * 256: 32 copies, one a lane, of the weights of the nibbles of b (high
 // nibble first, as bitsandbytes stores them), then 32 of the float32 that absmax byte b stands for.
-extern __shared__ __align__(1024) u8 shared[];
 
 // Where `shared` begins in shared memory: known to the compiler, it costs no instruction.
 #ifndef SHARED_BASE
@@ -22,26 +17,6 @@ extern __shared__ __align__(1024) u8 shared[];
 #endif
 extern "C" __global__ void find_shared_base(u32* base) {
   *base = static_cast<u32>(__cvta_generic_to_shared(shared));
-}
-
-// Programmatic dependent launch: the next kernel may start while this one runs, as this one may have
-// started while the one before it ran. Nothing that a kernel wrote is touched before the wait.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ uint4 load_once(const u8* at) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-  return v;
 }
 
 // byte `i` of `word` becomes bits 8 to 15 of an address whose bits 0 to 7 are the lane's
@@ -52,29 +27,36 @@ __device__ __forceinline__ u32 look_up(u32 word, u32 lane_offset, u32 i) {
   return value;
 }
 
-// By all threads of a block; a barrier must follow.
-__device__ __forceinline__ void fill_table(const u32* pairs, const float* code2, int threads) {
-  if (__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
-  for (int entry = threadIdx.x; entry < 256; entry += threads) {
-    const u32 pair = __ldg(pairs + entry), scale = __ldg(reinterpret_cast<const u32*>(code2) + entry);
+// The table, filled by all threads of a block: what it is made of is loaded first, for the weights
+// that are loaded meanwhile take longer. A barrier must follow `fill`.
+template <int THREADS> struct TableEntries {
+  static constexpr int OWN = (256 + THREADS - 1) / THREADS;
+  u32 pairs[OWN], scales[OWN];
+
+  __device__ __forceinline__ TableEntries(const u32* all_pairs, const float* code2) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const int at = (j + entry) & 7;  // spreads the stores over the banks
-      reinterpret_cast<uint4*>(shared + entry * 256)[at] = make_uint4(pair, pair, pair, pair);
-      reinterpret_cast<uint4*>(shared + entry * 256 + 128)[at] = make_uint4(scale, scale, scale, scale);
+    for (int i = 0; i < OWN; i++) {
+      const int entry = threadIdx.x + i * THREADS;
+      if (entry >= 256) break;
+      pairs[i] = __ldg(all_pairs + entry);
+      scales[i] = __ldg(reinterpret_cast<const u32*>(code2) + entry);
     }
   }
-}
-
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if BF16
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+  __device__ __forceinline__ void fill() const {
+    if (__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const int entry = threadIdx.x + i * THREADS;
+      if (entry >= 256) break;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const int at = (j + entry) & 7;  // spreads the stores over the banks
+        reinterpret_cast<uint4*>(shared + entry * 256)[at] = make_uint4(pairs[i], pairs[i], pairs[i], pairs[i]);
+        reinterpret_cast<uint4*>(shared + entry * 256 + 128)[at] = make_uint4(scales[i], scales[i], scales[i], scales[i]);
+      }
+    }
+  }
+};
 
 __device__ __forceinline__ u16 round_to_half(float value) {
   u16 half;
@@ -125,9 +107,28 @@ __device__ __forceinline__ Place find(const Matrix& m, int group, int lane) {
   return place;
 }
 
+// Loads that leave what is there unless `wanted`, without a branch: after one, the compiler would move
+// what was loaded to other registers, and wait for it there.
+__device__ __forceinline__ void load_if(bool wanted, uint4& into, const u8* at) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+               : "+r"(into.x), "+r"(into.y), "+r"(into.z), "+r"(into.w) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+__device__ __forceinline__ void load_if(bool wanted, u32& into, const u32* at) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1]; }"
+               : "+r"(into) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+__device__ __forceinline__ void load_if(bool wanted, u32& into, const u16* at) {
+  asm volatile("{ .reg .pred p; .reg .b16 h; setp.ne.u32 p, %2, 0; mov.b16 h, 0; @p ld.global.nc.u16 h, [%1]; @p cvt.u32.u16 %0, h; }"
+               : "+r"(into) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+__device__ __forceinline__ void load_if(bool wanted, float& into, const float* at) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.f32 %0, [%1]; }"
+               : "+f"(into) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+
 template <int CHUNK, bool ALIGNED>
 __device__ __forceinline__ void load(Tile<CHUNK, ALIGNED>& tile, const Matrix& m, const Place& place,
-                                     int block, int lane) {
+                                     int block, int lane, bool wanted) {
   const int blocks = m.columns >> 6;
   tile.offset = place.offset;
 #pragma unroll
@@ -136,15 +137,16 @@ __device__ __forceinline__ void load(Tile<CHUNK, ALIGNED>& tile, const Matrix& m
 #pragma unroll
     for (int pair = 0; pair < CHUNK / 2; pair++) {
       const bool inside = ALIGNED || block + 2 * pair + ((lane & 3) >> 1) < blocks;
-      tile.words[2 * pair + half] = inside ? load_once(at + 64 * pair) : make_uint4(0, 0, 0, 0);
+      if (!ALIGNED && wanted && !inside) tile.words[2 * pair + half] = make_uint4(0, 0, 0, 0);
+      load_if(wanted && inside, tile.words[2 * pair + half], at + 64 * pair);
     }
     const u8* scale = m.absmax + (place.absmax + half * 8 * blocks + block);
     const int index = place.index + half * 8 * blocks + block;
     if (ALIGNED) {
-      tile.scales[half] = CHUNK == 4 ? __ldg(reinterpret_cast<const u32*>(scale))
-                                     : __ldg(reinterpret_cast<const u16*>(scale));
-      tile.groups[half][0] = __ldg(m.absmax2 + (place.first + (index >> 8)));
-    } else {
+      if (CHUNK == 4) load_if(wanted, tile.scales[half], reinterpret_cast<const u32*>(scale));
+      else load_if(wanted, tile.scales[half], reinterpret_cast<const u16*>(scale));
+      load_if(wanted, tile.groups[half][0], m.absmax2 + (place.first + (index >> 8)));
+    } else if (wanted) {
       tile.scales[half] = 0;
 #pragma unroll
       for (int j = 0; j < CHUNK; j++) {
@@ -159,15 +161,14 @@ __device__ __forceinline__ void load(Tile<CHUNK, ALIGNED>& tile, const Matrix& m
 
 // A 16-byte load gave lane t half of block t / 2 of a pair: two words go to lane t ^ 2, so that every
 // lane has 8 bytes of each block. Lane t then has weights 16 t' to 16 t' + 15, t' = 0, 2, 1, 3.
+// into: of blocks `first` and `first` + 1, two words of row g and two of row g + 8. The tile is not
+// written to: what is loaded into it next then needs no other registers.
 template <int CHUNK, bool ALIGNED>
-__device__ __forceinline__ void exchange(Tile<CHUNK, ALIGNED>& tile, int t) {
+__device__ __forceinline__ void exchange(const Tile<CHUNK, ALIGNED>& tile, uint4 (&into)[2], int first, int t) {
   const bool upper = t & 2;
-#pragma unroll
-  for (int j = 0; j < CHUNK; j += 2) {
-    const uint4 low = tile.words[j], high = tile.words[j + 1];  // rows g and g + 8
-    const u32 a = __shfl_xor_sync(~0u, upper ? low.x : low.z, 2), b = __shfl_xor_sync(~0u, upper ? low.y : low.w, 2);
-    const u32 c = __shfl_xor_sync(~0u, upper ? high.x : high.z, 2), d = __shfl_xor_sync(~0u, upper ? high.y : high.w, 2);
-    tile.words[j] = upper ? make_uint4(a, b, c, d) : make_uint4(low.x, low.y, high.x, high.y);
-    tile.words[j + 1] = upper ? make_uint4(low.z, low.w, high.z, high.w) : make_uint4(a, b, c, d);
-  }
+  const uint4 low = tile.words[first], high = tile.words[first + 1];  // rows g and g + 8
+  const u32 a = __shfl_xor_sync(~0u, upper ? low.x : low.z, 2), b = __shfl_xor_sync(~0u, upper ? low.y : low.w, 2);
+  const u32 c = __shfl_xor_sync(~0u, upper ? high.x : high.z, 2), d = __shfl_xor_sync(~0u, upper ? high.y : high.w, 2);
+  into[0] = upper ? make_uint4(a, b, c, d) : make_uint4(low.x, low.y, high.x, high.y);
+  into[1] = upper ? make_uint4(low.z, low.w, high.z, high.w) : make_uint4(a, b, c, d);
 }

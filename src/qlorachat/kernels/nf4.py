@@ -86,7 +86,7 @@ def nf4_write_out(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
         *dimensions(weight),
     )
     quarters = weight.rows * weight.columns // 16  # of a block, one a thread
-    cuda_source.launch(function, (-(-quarters // 256), 1), 256, 64, arguments, out.device)
+    cuda_source.launch(function, (-(-quarters // 256),), 256, 64, arguments, out.device)
     return out
 
 

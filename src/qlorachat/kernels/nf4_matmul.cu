@@ -21,16 +21,17 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const u32* table, co
   const int own = chunks > warp ? (chunks - warp + WARPS - 1) / WARPS : 0, steps = own * groups;
   float4* sums = reinterpret_cast<float4*>(shared + TABLE);  // [group][tile of x][warp][lane]
 
+  const TableEntries<WARPS * 32> entries(table, code2);
   Tile<CHUNK, ALIGNED> tiles[DEPTH];
   int load_group = 0, load_chunk = warp, loaded = 0;
   auto load_next = [&](Tile<CHUNK, ALIGNED>& tile) {
-    if (loaded < steps) load(tile, m, find(m, first_group + load_group, lane), load_chunk * CHUNK, lane);
+    load(tile, m, find(m, first_group + load_group, lane), load_chunk * CHUNK, lane, loaded < steps);
     loaded++;
     if (++load_group == groups) { load_group = 0; load_chunk += WARPS; }
   };
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) load_next(tiles[d]);
-  fill_table(table, code2, WARPS * 32);
+  entries.fill();
   wait_for_previous();
   __syncthreads();
 
@@ -38,7 +39,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const u32* table, co
   uint4 b[CHUNK][COLUMNS][2];
   int group = 0, chunk = warp;
   auto compute = [&](Tile<CHUNK, ALIGNED>& tile) {
-    exchange(tile, t);
+    uint4 words[2];
     if (group == 0) {
 #pragma unroll
       for (int c = 0; c < COLUMNS; c++)
@@ -55,9 +56,10 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const u32* table, co
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
       float sum[COLUMNS][4] = {};
+      if (j % 2 == 0) exchange(tile, words, j, t);
 #pragma unroll
       for (int s = 0; s < 4; s++) {
-        const u32 low = s < 2 ? tile.words[j].x : tile.words[j].y, high = s < 2 ? tile.words[j].z : tile.words[j].w;
+        const u32 low = s < 2 ? words[j & 1].x : words[j & 1].y, high = s < 2 ? words[j & 1].z : words[j & 1].w;
         const u32 i = (s & 1) * 2, offset = lane * 4;
         const u32 a0 = look_up(low, offset, i), a2 = look_up(low, offset, i + 1);
         const u32 a1 = look_up(high, offset, i), a3 = look_up(high, offset, i + 1);

@@ -4,7 +4,7 @@
 // shared memory: it comes tiled, 256 k at a time, by bulk copies into a ring that no barrier of the
 // block guards. Blocks share the work as one long list of units, GROUPS * 64 rows by 256 k each, in
 // equal runs (stream-K); where a run leaves a row block, its float32 sums are added in global memory.
-// The last blocks of the grid multiply x by the bfloat16 rows of the adapters' A instead.
+// The last blocks of the grid multiply x by the 16-bit rows of the adapters' A instead.
 
 #include "nf4.cuh"
 
@@ -92,8 +92,10 @@ template <int P> struct Ring {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             stages + s * BYTES), "l"(from), "r"(BYTES), "r"(full + s * 8) : "memory");
   }
-  __device__ u64 wait(int step) const {  // the stage as wgmma's descriptor, rows of 128 bytes swizzled
-    const u32 s = step % STAGES;
+  // The stage as wgmma's descriptor, rows of 128 bytes swizzled. A shuffle tells the compiler that all
+  // lanes have the same one: else each product moves its own to uniform registers.
+  __device__ u64 wait(int step) const {
+    const u32 s = __shfl_sync(~0u, step % STAGES, 0);
     wait_barrier(full + s * 8, (step / STAGES) & 1);
     return (u64(1) << 62) | (u64(64) << 32) | (u64(1) << 16) | (((stages + s * BYTES) & 0x3FFFF) >> 4);
   }
@@ -104,23 +106,36 @@ template <int P> struct Ring {
 
 struct Adapters {
   const u16* a;      // [slots, ranks, K], ranks of all parts
+  const u8* b;       // [slots, b_bytes], for whoever reads the sums: it is sent to the L2
   const int* slots;  // of each row of x, from 1; 0 for none
-  float* shrunk;     // [slots * ranks, P], added to
-  int ranks, splits;
+  float* shrunk;     // [M, slots * ranks], added to
+  int count, ranks, splits, b_bytes;
 };
 
-// 16 rows of A and a share of K: every warp its own blocks of 64, sums meet in shared memory.
-// Nothing is done for a slot that no row has.
+// One of `shares` of what the reader of the sums will want of B, into the L2.
+__device__ __forceinline__ void send_for_b(const Adapters& adapters, int slot, int share, int shares) {
+  const u8* b = adapters.b + static_cast<u64>(slot - 1) * adapters.b_bytes;
+  const int lines = adapters.b_bytes / 128;
+  for (int line = lines * share / shares + threadIdx.x; line < lines * (share + 1) / shares; line += blockDim.x)
+    prefetch(b + line * 128);
+}
+
+// 16 rows of A and a share of K: every warp its own blocks of 64, sums meet in shared memory. Only
+// rows that have the slot are looked at, by eights, and added to; nothing is done where there are none.
 template <int P, int WARPS>
-__device__ __forceinline__ void shrink(const Adapters& adapters, const u8* x, int x_rows, int columns,
-                                       int index) {
+__device__ __forceinline__ void shrink(const Adapters& adapters, const u8* x, int x_rows, int columns, int index) {
+  constexpr int WORDS = (P + 31) / 32, STRIDE = 20;  // of 32 rows; of 16 ranks: no two lanes share a bank
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = lane >> 2, t = lane & 3;
   const int group = index / adapters.splits, split = index % adapters.splits, blocks = columns >> 6;
-  const int slot = group * 16 / adapters.ranks + 1;
-  bool used = false;
-  for (int row = lane; row < x_rows; row += 32) used |= __ldg(adapters.slots + row) == slot;
-  if (!__any_sync(~0u, used)) return;
-  const int stop = blocks * (split + 1) / adapters.splits;
+  const int slot = group * 16 / adapters.ranks + 1, stop = blocks * (split + 1) / adapters.splits;
+  u64 x_used = 0;  // a bit each
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) {
+    const int row = lane + 32 * i;
+    const bool used = row < x_rows && __ldg(adapters.slots + row) == slot;
+    x_used |= static_cast<u64>(__ballot_sync(~0u, used)) << (32 * i);
+  }
+  if (!x_used) return;
   const u16* rows = adapters.a + static_cast<u64>(group * 16 + quad) * columns + 16 * ((t & 1) * 2 + (t >> 1));
   auto load = [&](uint4 (&a)[4], int block) {
     if (block >= stop) return;
@@ -132,12 +147,14 @@ __device__ __forceinline__ void shrink(const Adapters& adapters, const u8* x, in
   uint4 next[4];
   int block = blocks * split / adapters.splits + warp;
   load(next, block);
+  send_for_b(adapters, slot, group % (adapters.ranks / 16) * adapters.splits + split, adapters.ranks / 16 * adapters.splits);
   wait_for_previous();
   for (; block < stop; block += WARPS) {
     const uint4 a[4] = {next[0], next[1], next[2], next[3]};
     load(next, block + WARPS);
 #pragma unroll
     for (int c = 0; c < P / 8; c++) {
+      if (!(x_used >> (8 * c) & 255)) continue;
       const u32* row = reinterpret_cast<const u32*>(x) + (block * P + c * 8 + quad) * 32 + t;
       u32 b[8];
 #pragma unroll
@@ -148,20 +165,22 @@ __device__ __forceinline__ void shrink(const Adapters& adapters, const u8* x, in
       multiply(sums[c], a[1].z, a[3].z, a[1].w, a[3].w, b[6], b[7]);
     }
   }
-  float4* partial = reinterpret_cast<float4*>(shared);  // [tile of x][warp][lane]
+  float* partial = reinterpret_cast<float*>(shared);  // [warp][row of x][STRIDE]
 #pragma unroll
-  for (int c = 0; c < P / 8; c++)
-    partial[(c * WARPS + warp) * 32 + lane] = make_float4(sums[c][0], sums[c][1], sums[c][2], sums[c][3]);
+  for (int c = 0; c < P / 8; c++) {
+    float* at = partial + (warp * P + c * 8 + 2 * t) * STRIDE + quad;
+    at[0] = sums[c][0]; at[STRIDE] = sums[c][1]; at[8] = sums[c][2]; at[STRIDE + 8] = sums[c][3];
+  }
   __syncthreads();
-  for (int i = threadIdx.x; i < P / 8 * 32; i += WARPS * 32) {
-    float4 sum = make_float4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < x_rows * 8; i += WARPS * 32) {
+    const int row = i >> 3, rank = 2 * (i & 7);
+    if (!(x_used >> row & 1)) continue;
+    float2 sum = make_float2(0.f, 0.f);
     for (int w = 0; w < WARPS; w++) {
-      const float4 value = partial[((i >> 5) * WARPS + w) * 32 + (i & 31)];
-      sum.x += value.x; sum.y += value.y; sum.z += value.z; sum.w += value.w;
+      const float2 value = *reinterpret_cast<const float2*>(partial + (w * P + row) * STRIDE + rank);
+      sum.x += value.x; sum.y += value.y;
     }
-    float* at = adapters.shrunk + (group * 16 + ((i & 31) >> 2)) * P + (i >> 5) * 8 + 2 * (i & 3);
-    add_pair(at, sum.x, sum.y);
-    add_pair(at + 8 * P, sum.z, sum.w);
+    add_pair(adapters.shrunk + row * adapters.count * adapters.ranks + group * 16 + rank, sum.x, sum.y);
   }
 }
 
@@ -184,17 +203,21 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
   Walk loading(items, begin), computing(items, begin);
   auto find_rows = [&] { return find(m, min(loading.row_block * (HEIGHT / 16) + warp, last_group), lane); };
   Place place = find_rows();
-  auto load_next = [&](Tile<CHUNK, ALIGNED>& tile) {
-    load(tile, m, place, loading.item * CHUNK, lane);
+  auto load_next = [&](Tile<CHUNK, ALIGNED>& tile, bool wanted) {
+    load(tile, m, place, loading.item * CHUNK, lane, wanted);
     if (loading.next(items)) place = find_rows();
   };
+  const TableEntries<WARPS * 32> entries(pairs, code2);
   Tile<CHUNK, ALIGNED> first, second;
-  if (steps > 0) load_next(first);
-  if (steps > 1) load_next(second);
-  fill_table(pairs, code2, WARPS * 32);
+  load_next(first, steps > 0);
+  load_next(second, steps > 1);
+  entries.fill();
   const Ring<P> ring(SHARED_BASE + TABLE);
+  int fetching = computing.item;
   auto fetch = [&](int step) {
-    if (step < steps) ring.fetch(step, x + static_cast<u64>((begin + step) % items) * Ring<P>::BYTES);
+    if (step >= steps) return;
+    ring.fetch(step, x + fetching * Ring<P>::BYTES);
+    if (++fetching == items) fetching = 0;
   };
   wait_for_previous();
   if (tid == 0) {
@@ -219,23 +242,33 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
   auto leave = [&](int row_block) {
     const int row = row_block * HEIGHT + warp * 16;
     if (row < m.rows) {
-      float* at = sums + static_cast<u64>(row + (lane >> 2)) * P + 2 * t;
+      // A lane has two rows of x for one of the weight; with its neighbour it makes that one for two.
+      const bool odd = lane & 4;
+      const int x_row = 2 * t + (odd ? 1 : 0);
+      float* at = sums + static_cast<u64>(x_row) * m.rows + row + (lane >> 3) * 2;
 #pragma unroll
-      for (int i = 0; i < P / 8; i++)
-        if (8 * i < x_rows) {
-          add_pair(at + 8 * i, total[4 * i], total[4 * i + 1]);
-          add_pair(at + 8 * P + 8 * i, total[4 * i + 2], total[4 * i + 3]);
+      for (int i = 0; i < P / 8; i++, at += 8 * m.rows)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float even_row = total[4 * i + 2 * half], odd_row = total[4 * i + 2 * half + 1];
+          const float got = __shfl_xor_sync(~0u, odd ? even_row : odd_row, 4);
+          if (8 * i + x_row < x_rows) add_pair(at + 8 * half, odd ? got : even_row, odd ? odd_row : got);
         }
     }
 #pragma unroll
     for (int i = 0; i < P / 2; i++) total[i] = 0.f;
   };
-  auto compute = [&](Tile<CHUNK, ALIGNED>& tile, int step) {
+  // A unit's first block is decoded beside the last product of the unit before it, and ahead of the
+  // loads that then replace that unit: a wait for older loads would include these.
+  uint4 words[2];
+  auto begin_unit = [&](const Tile<CHUNK, ALIGNED>& tile) {
+    exchange(tile, words, 0, t);
+    decode(words[0], a[0]);
+  };
+  auto compute = [&](Tile<CHUNK, ALIGNED>& tile, const Tile<CHUNK, ALIGNED>& following, int step) {
     if (tid == 0) fetch(step + STAGES - 2);
     __syncwarp();
     const u64 stage = ring.wait(step);
-    exchange(tile, t);
-    decode(tile.words[0], a[0]);
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
       hold(block_sum);
@@ -243,11 +276,16 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
 #pragma unroll
       for (int s = 0; s < 4; s++) multiply_tile<P>(block_sum, a[j & 1] + 4 * s, stage + j * P * 8 + 2 * s, s > 0);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      if (j + 1 < CHUNK) decode(tile.words[j + 1], a[(j + 1) & 1]);
+      if (j + 1 < CHUNK) {
+        if (j & 1) exchange(tile, words, j + 1, t);
+        decode(words[(j + 1) & 1], a[(j + 1) & 1]);
+      } else {
+        begin_unit(following);  // after the last one of nothing
+      }
       const u32 offset = lane * 4 + 128;
       const float f0 = __uint_as_float(look_up(tile.scales[0], offset, j)) * tile.groups[0][ALIGNED ? 0 : j] + tile.offset;
       const float f1 = __uint_as_float(look_up(tile.scales[1], offset, j)) * tile.groups[1][ALIGNED ? 0 : j] + tile.offset;
-      if (j + 1 == CHUNK && step + 2 < steps) load_next(tile);
+      if (j + 1 == CHUNK) load_next(tile, step + 2 < steps);
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       hold(block_sum);
 #pragma unroll
@@ -260,29 +298,31 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
     const int row_block = computing.row_block;
     if (computing.next(items) || step == steps - 1) leave(row_block);
   };
+  begin_unit(first);
   for (int step = 0; step < steps; step += 2) {
-    compute(first, step);
-    if (step + 1 < steps) compute(second, step + 1);
+    compute(first, second, step);
+    if (step + 1 < steps) compute(second, first, step + 1);
   }
 }
 
-#define INSTANCE(NAME, P, GROUPS, PER_PROCESSOR, ALIGNED)                                                \
-  extern "C" __global__ void __launch_bounds__(GROUPS * 128, PER_PROCESSOR) NAME(                      \
+#define INSTANCE(NAME, P, GROUPS, REGISTERS, ALIGNED)                                                \
+  extern "C" __global__ void __maxnreg__(REGISTERS) NAME(                      \
       const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,  \
-      const u8* x, float* sums, const u16* lora_a, const int* slots, float* shrunk, int x_rows, int rows, int columns,   \
+      const u8* x, float* sums, const u16* lora_a, const u8* lora_b, const int* slots, float* shrunk, int x_rows, int rows, int columns,   \
       int start1, int start2, int group1, int group2, float offset0, float offset1, float offset2,     \
-      int ranks, int splits, int product_blocks) {                                                     \
+      int count, int ranks, int splits, int b_bytes, int product_blocks) {                             \
     const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                          \
                       group1, group2, offset0, offset1, offset2};                                      \
-    const Adapters adapters = {lora_a, slots, shrunk, ranks, splits};                                         \
+    const Adapters adapters = {lora_a, lora_b, slots, shrunk, count, ranks, splits, b_bytes};                 \
     nf4_matmul<P, GROUPS, ALIGNED>(m, adapters, pairs, code2, x, sums, x_rows, product_blocks);        \
   }
 
-INSTANCE(nf4_matmul_8, 8, 2, 2, true)
-INSTANCE(nf4_matmul_16, 16, 2, 2, true)
-INSTANCE(nf4_matmul_32, 32, 3, 1, true)
-INSTANCE(nf4_matmul_64, 64, 3, 1, true)
-INSTANCE(nf4_matmul_8_ragged, 8, 2, 2, false)
-INSTANCE(nf4_matmul_16_ragged, 16, 2, 2, false)
-INSTANCE(nf4_matmul_32_ragged, 32, 3, 1, false)
-INSTANCE(nf4_matmul_64_ragged, 64, 3, 1, false)
+// 144 registers leave room beside these blocks for those of the kernels between products.
+INSTANCE(nf4_matmul_8, 8, 2, 128, true)
+INSTANCE(nf4_matmul_16, 16, 2, 128, true)
+INSTANCE(nf4_matmul_32, 32, 3, 144, true)
+INSTANCE(nf4_matmul_64, 64, 3, 168, true)
+INSTANCE(nf4_matmul_8_ragged, 8, 2, 128, false)
+INSTANCE(nf4_matmul_16_ragged, 16, 2, 128, false)
+INSTANCE(nf4_matmul_32_ragged, 32, 3, 144, false)
+INSTANCE(nf4_matmul_64_ragged, 64, 3, 168, false)

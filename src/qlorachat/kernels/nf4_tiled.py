@@ -20,24 +20,27 @@ _FREE = 4  # processors left to those
 
 
 class Shrinking(NamedTuple):
-    """The adapters beside a product: shrunk += A x of every slot that a row has.
+    """The adapters beside a product: shrunk += A x of each row's own slot.
 
-    a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts, is a multiple of 16. slots:
-    int32 [M], from 1, 0 for none. shrunk: float32 [S * R, P].
+    a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts, is a multiple of 16. b: [S,
+    N, R of a part], which the reader of the sums will want: it is brought into the L2. slots:
+    int32 [M], from 1, 0 for none. shrunk: float32 [M, S * R].
     """
 
     a: torch.Tensor
+    b: torch.Tensor
     slots: torch.Tensor
     shrunk: torch.Tensor
 
     def check(self, x: torch.Tensor, rows: int, columns: int) -> None:
         slots, ranks, _ = self.a.shape
         assert self.a.shape == (slots, ranks, columns)
-        assert self.a.dtype == x.dtype
+        assert self.a.dtype == self.b.dtype == x.dtype
+        assert len(self.b) == slots
         assert ranks % 16 == 0
         assert self.slots.shape == (rows,)
         assert self.slots.dtype == torch.int32
-        assert self.shrunk.shape == (slots * ranks, x.shape[1])
+        assert self.shrunk.shape == (rows, slots * ranks)
         assert self.shrunk.dtype == torch.float32
         assert all(tensor.is_contiguous() for tensor in self)
 
@@ -64,7 +67,6 @@ def runs_tiled(device: torch.device) -> bool:
 
 def nf4_matmul_tiled(
     x: torch.Tensor,
-    rows: int,
     weight: Nf4Matrix,
     sums: torch.Tensor,
     adapters: Shrinking | None = None,
@@ -73,41 +75,45 @@ def nf4_matmul_tiled(
 ) -> None:
     """sums += weight x, and A x of the adapters, in one launch; atomic adds, in no order.
 
-    x: tiled [blocks, P, 64] (`tiles.tile`), bfloat16 or float16, P of 8, 16, 32 or 64 padded rows,
-    `rows` of them real. sums: float32 [N, P].
+    x: tiled [blocks, P, 64] (`tiles.tile`), bfloat16 or float16, P of 8, 16, 32 or 64 padded rows.
+    sums: float32 [M, N], M of them real.
     blocks: how many share the product; None: see `tuned`.
     """
-    padded = x.shape[1]
+    rows, padded = len(sums), x.shape[1]
     assert x.shape == (-(-weight.columns // 256) * 4, padded, 64)
     assert padded in INSTANCES
     assert 1 <= rows <= padded
-    assert sums.shape == (weight.rows, padded)
+    assert sums.shape == (rows, weight.rows)
     assert sums.dtype == torch.float32
     assert all(tensor.is_contiguous() for tensor in (x, sums))
     if adapters is not None:
         adapters.check(x, rows, weight.columns)
     if not x.is_cuda:
-        nf4_matmul_tiled_reference(x, rows, weight, sums, adapters)
+        nf4_matmul_tiled_reference(x, weight, sums, adapters)
         return
     assert x.dtype == weight.pairs.dtype
     threads, per_processor = INSTANCES[padded]
     aligned = weight.columns // 64 % _UNIT_BLOCKS == 0
     name = f"nf4_matmul_{padded}" + ("" if aligned else "_ragged")
-    function = cuda_source.load_kernel("nf4_matmul_hopper.cu", x.dtype, name, x.device)
+    function = cuda_source.load_kernel(
+        *("nf4_matmul_hopper.cu", x.dtype, name, x.device),
+        shared_percent=cuda_source.STEP_SHARED,
+    )
     tuned = tuned_blocks("nf4_matmul_tiled", padded, (weight.rows, weight.columns), x.device)
     blocks = blocks or tuned or per_processor * (count_processors(x.device) - _FREE)
     ring = _STAGES * (_UNIT_BLOCKS * padded * 128 + 16)
-    partial = 16 * padded * threads // 8  # float32 sums of A x, one of every warp
-    slots, a_rows = (1, 0) if adapters is None else (len(adapters.a), len(adapters.shrunk))
+    partial = threads // 32 * padded * 20 * 4  # float32 sums of A x, one of every warp
+    slots, ranks = (1, 0) if adapters is None else adapters.a.shape[:2]
+    b_bytes = 0 if adapters is None else adapters.b[0].numel() * adapters.b.element_size()
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2),
         *(weight.pairs, weight.code2, x, sums),
-        *(adapters or Shrinking(sums, sums, sums)),
-        *(rows, *dimensions(weight), a_rows // slots, _SPLITS, blocks),
+        *(adapters or (None,) * 4),
+        *(rows, *dimensions(weight), slots, ranks, _SPLITS, b_bytes, blocks),
     )
     cuda_source.launch(
         function,
-        (blocks + a_rows // 16 * _SPLITS, 1),
+        (blocks + slots * ranks // 16 * _SPLITS,),
         threads,
         max(TABLE_BYTES + ring, partial),
         arguments,
@@ -118,13 +124,15 @@ def nf4_matmul_tiled(
 
 def nf4_matmul_tiled_reference(
     x: torch.Tensor,
-    rows: int,
     weight: Nf4Matrix,
     sums: torch.Tensor,
     adapters: Shrinking | None = None,
 ) -> None:
     """`nf4_matmul_tiled` in plain torch; the weights are written out in float32."""
-    plain = untile(x, x.shape[1], weight.columns).float().T
-    sums[:, :rows] += nf4_dequantize(weight) @ plain[:, :rows]
+    plain = untile(x, len(sums), weight.columns).float()
+    sums += plain @ nf4_dequantize(weight).T
     if adapters is not None:
-        adapters.shrunk.add_(adapters.a.flatten(0, 1).float() @ plain)
+        every = torch.einsum("mk,srk->msr", plain, adapters.a.float())
+        numbers = torch.arange(1, len(adapters.a) + 1, device=x.device)
+        own = adapters.slots[:, None] == numbers
+        adapters.shrunk.add_((every * own[:, :, None]).flatten(1))

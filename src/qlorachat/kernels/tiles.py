@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from qlorachat.kernels.device import jit, tl
-
 _BLOCK = 64  # columns
 _UNIT = 4  # blocks
 _LANE_ORDER = [0, 2, 1, 3]  # which lane of a quad multiplies each 16 columns; its own inverse
@@ -57,34 +55,3 @@ def _swizzle(chunks: torch.Tensor) -> torch.Tensor:
     row = torch.arange(padded, device=chunks.device)[:, None]
     place = torch.arange(8, device=chunks.device) ^ (row & 7)
     return chunks[:, row, place].view(blocks, padded, _BLOCK)
-
-
-@jit
-def store_tiled(
-    x: tl.tensor,
-    values: tl.tensor,
-    row: tl.tensor,
-    block: tl.tensor,
-    real: tl.tensor,
-    padded: tl.constexpr,
-) -> None:
-    """values, [rows, 64] of one block of columns, to a tiled x: whole rows of 128 bytes.
-
-    row, real: [rows], `real` where it is to be written.
-    """
-    place = tl.arange(0, 64)
-    chunk = (place // 8)[None, :] ^ (row % 8)[:, None]
-    lane = place % 8 // 2
-    column = 16 * (lane % 2 * 2 + lane // 2) + place % 2
-    values = tl.gather(values, column[None, :] + 2 * chunk, 1)
-    at = (block * padded + row)[:, None] * 64 + place[None, :]
-    tl.store(x + at, values, mask=real[:, None])
-
-
-@jit
-def tiled_at(row: tl.tensor, column: tl.tensor, padded: tl.constexpr) -> tl.tensor:
-    """The place of (row, column) in a tiled tensor of `padded` rows."""
-    inner = column % 64
-    lane = (inner // 16 % 2) * 2 + inner // 32
-    chunk = (inner % 16 // 2) ^ (row % 8)
-    return (column // 64 * padded + row) * 64 + chunk * 8 + lane * 2 + inner % 2

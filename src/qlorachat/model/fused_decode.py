@@ -1,4 +1,4 @@
-"""A decode step in nine or ten launches a layer, on Hopper.
+"""A decode step in eight launches a layer, on Hopper.
 
 A product leaves float32 sums of W x and, beside them, A x of every adapter. The kernel that reads
 them adds each row's B, and writes the next product's input. A norm's factor is applied late: by the
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qlorachat import kernels
-from qlorachat.kernels.decode_step import rope_and_cache_sums, silu_mul_sums
-from qlorachat.kernels.device import runs_triton
+from qlorachat.kernels import decode_attention
+from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.nf4_matmul import MOST_ROWS
 from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
-from qlorachat.kernels.residual import add_to_residual, begin_residual
 from qlorachat.kernels.sums import RowAdapters
 from qlorachat.kernels.tiles import rows_padded, tiled_shape
 from qlorachat.model.cache import KVCache
@@ -26,7 +25,9 @@ from qlorachat.model.nf4_linear import Nf4Linear
 from qlorachat.model.rows import DecodeRows, Rows
 
 
-def why_not_fused(layers: Sequence[Layer], dtype: torch.dtype) -> str | None:
+def why_not_fused(
+    layers: Sequence[Layer], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> str | None:
     """Why a model's decode steps can't be fused; None: they can."""
     projections = [each for layer in layers for each in layer.projections]
     if not all(isinstance(each, Nf4Linear) for each in projections):
@@ -35,11 +36,9 @@ def why_not_fused(layers: Sequence[Layer], dtype: torch.dtype) -> str | None:
         return "projections have biases"
     if not runs_tiled(layers[0].attention_norm.device):
         return "the card is no Hopper"
-    if not runs_triton(layers[0].attention_norm):
-        return "Triton is not installed"
     if dtype != torch.bfloat16:
         return "float16 has too small a range for a norm that is applied late"
-    return None
+    return decode_attention.why_not(heads, kv_heads, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +64,33 @@ class _Workspace:
         self.hidden, self.attended, self.inner = (
             like.new_zeros(tiled_shape(width, padded)) for width in widths
         )
-        self._padded = padded
         most = max(product.weight.rows for product in products)
         # zero between launches: whoever reads a sum writes 0 back
-        self._sums = torch.zeros(most * padded, device=like.device)
+        self._sums = torch.zeros(padded * most, device=like.device)
         # zero at the start of a step: squares of the rows before each norm, A x of each product
-        counts = [len(products) // 2, *(product.ranks for product in products)]
-        self.cleared = torch.empty(sum(counts), padded, device=like.device)
-        self.squares, *self.shrunk = self.cleared.split(counts)
+        norms, ranks = len(products) // 2, [product.ranks for product in products]
+        self.cleared = torch.empty(padded * (norms + sum(ranks)), device=like.device)
+        sizes = [padded * size for size in (norms, *ranks)]
+        squares, *shrunk = self.cleared.split_with_sizes(sizes)
+        self._squares = squares.view(norms, padded)
+        self._shrunk = [own.view(padded, -1) for own in shrunk]
 
     def reset(self) -> None:
         """After a step that did not end: its sums may not be zero."""
         if not (self._sums.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._sums.zero_()  # a capture runs nothing
 
-    def sums(self, outputs: int) -> torch.Tensor:
-        """Float32 [outputs, P], of one product at a time."""
-        return self._sums[: outputs * self._padded].view(outputs, self._padded)
+    def sums(self, rows: int, outputs: int) -> torch.Tensor:
+        """Float32 [rows, outputs], of one product at a time."""
+        return self._sums[: rows * outputs].view(rows, outputs)
+
+    def squares(self, rows: int, norm: int) -> torch.Tensor:
+        """Float32 [rows], before norm number `norm`."""
+        return self._squares[norm, :rows]
+
+    def shrunk(self, rows: int, number: int) -> torch.Tensor:
+        """A x of product `number`, float32 [rows, ranks of all slots]."""
+        return self._shrunk[number][:rows]
 
 
 class FusedDecode:
@@ -131,20 +140,21 @@ class FusedDecode:
         return self._workspaces[padded, ranks]
 
     def _run(self, rows: Rows, cache: KVCache, space: _Workspace) -> torch.Tensor:
+        count = len(rows.ids)
         space.cleared.zero_()
-        residual = self._embedding.new_empty(len(rows.ids), self._embedding.shape[1])
-        into = (self._norms[0], space.hidden)
-        begin_residual(rows.ids, self._embedding, *into, residual, space.squares[0])
+        residual = self._embedding.new_empty(count, self._embedding.shape[1])
+        into = (self._norms[0], space.hidden, residual, space.squares(count, 0))
+        begin_residual(rows.ids, self._embedding, *into)
         for index in range(len(self._norms) // 2):
             qkv, output, gate_up, down = self._products[4 * index : 4 * index + 4]
             sums, lora = _multiply(qkv, space.hidden, rows, space)
-            late = self._late_norm(space, 2 * index)
+            late = self._late_norm(space, count, 2 * index)
             self._attend(sums, lora, late, rows, space, cache.keys[index], cache.values[index])
             sums, lora = _multiply(output, space.attended, rows, space)
             self._add(sums, lora, residual, space, 2 * index + 1)
             sums, lora = _multiply(gate_up, space.hidden, rows, space)
-            late = self._late_norm(space, 2 * index + 1)
-            silu_mul_sums(sums, lora, *late, space.inner, len(rows.ids))
+            late = self._late_norm(space, count, 2 * index + 1)
+            silu_mul_sums(sums, lora, *late, space.inner)
             sums, lora = _multiply(down, space.inner, rows, space)
             self._add(sums, lora, residual, space, 2 * index + 2)
         return residual
@@ -160,20 +170,16 @@ class FusedDecode:
         values: torch.Tensor,
     ) -> None:
         assert isinstance(rows.attention, DecodeRows)
-        head_dim = keys.shape[-1]
-        heads = sums.shape[0] // head_dim - 2 * keys.shape[-2]
-        queries = keys.new_empty(len(rows.ids), heads, head_dim)
-        places = (*self._rope, rows.positions, rows.slots)
-        rope_and_cache_sums(sums, lora, *late, *places, keys, values, queries)
-        tables, lengths = rows.attention.block_tables, rows.attention.context_lengths
-        scale = head_dim**-0.5
-        kernels.paged_decode_attention(
-            queries, keys, values, tables, lengths, scale, space.attended, tiled=True
-        )
+        places = (*self._rope, rows.positions, rows.slots, keys, values)
+        contexts = (rows.attention.block_tables, rows.attention.context_lengths)
+        scale = keys.shape[-1] ** -0.5
+        attend_sums(sums, lora, *late, *places, *contexts, scale, space.attended)
 
-    def _late_norm(self, space: _Workspace, norm: int) -> tuple[torch.Tensor, int, float]:
+    def _late_norm(
+        self, space: _Workspace, rows: int, norm: int
+    ) -> tuple[torch.Tensor, int, float]:
         """What a reader of sums needs for a norm's factor: squares, their count, epsilon."""
-        return space.squares[norm], self._embedding.shape[1], self._epsilon
+        return space.squares(rows, norm), self._embedding.shape[1], self._epsilon
 
     def _add(
         self,
@@ -187,7 +193,7 @@ class FusedDecode:
         if norm == len(self._norms):
             add_to_residual(sums, lora, residual, None, None, None)
         else:
-            into = (self._norms[norm], space.hidden, space.squares[norm])
+            into = (self._norms[norm], space.hidden, space.squares(len(residual), norm))
             add_to_residual(sums, lora, residual, *into)
 
 
@@ -195,13 +201,12 @@ def _multiply(
     product: _Product, x: torch.Tensor, rows: Rows, space: _Workspace
 ) -> tuple[torch.Tensor, RowAdapters | None]:
     """W x, and what adds the rows' adapters to it."""
-    sums = space.sums(product.weight.rows)
-    lora = rows.lora
+    count, lora = len(rows.ids), rows.lora
+    sums = space.sums(count, product.weight.rows)
     if not lora.active or lora.slots is None or lora.scales is None:
-        nf4_matmul_tiled(x, len(rows.ids), product.weight, sums)
+        nf4_matmul_tiled(x, product.weight, sums)
         return sums, None
-    shrunk = space.shrunk[product.number]
-    shrinking = Shrinking(product.lora.a, lora.slots, shrunk)
-    nf4_matmul_tiled(x, len(rows.ids), product.weight, sums, shrinking)
-    adapters = RowAdapters(shrunk, product.lora.b, lora.slots, lora.scales)
-    return sums, adapters
+    shrunk = space.shrunk(count, product.number)
+    a, b = product.lora.a, product.lora.b
+    nf4_matmul_tiled(x, product.weight, sums, Shrinking(a, b, lora.slots, shrunk))
+    return sums, RowAdapters(shrunk, b, lora.slots, lora.scales)

@@ -42,7 +42,8 @@ class PagedLlama:
             for index, layer in enumerate(model.model.layers)
         ]
         self._fused: FusedDecode | None = None
-        if (reason := why_not_fused(self._layers, self.dtype)) is None:
+        heads = (model.config.num_attention_heads, model.config.num_key_value_heads, self.head_dim)
+        if (reason := why_not_fused(self._layers, self.dtype, *heads)) is None:
             rope = (self._cos, self._sin)
             self._fused = FusedDecode(self._layers, self._embedding, rope, self._epsilon)
         elif runs_tiled(self.device):

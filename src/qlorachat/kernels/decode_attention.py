@@ -1,0 +1,150 @@
+"""Rope and attention of a fused decode step, from the sums of q|k|v to the next product's input."""
+
+from __future__ import annotations
+
+import torch
+
+from qlorachat.kernels import cuda_source
+from qlorachat.kernels.attention import paged_decode_attention_reference
+from qlorachat.kernels.device import count_processors
+from qlorachat.kernels.rotary import rope_and_cache_reference
+from qlorachat.kernels.sums import (
+    RowAdapters,
+    adapter_shape,
+    adapter_tensors,
+    check_squares,
+    check_sums,
+    inverse_rms_reference,
+    take_sums_reference,
+)
+from qlorachat.kernels.tiles import tiled_shape, write_tiled
+
+_SOURCE = "decode_attention.cu"
+_THREADS, _STAGES = 128, 3  # as in the source
+_BLOCKS_OF_A_PROCESSOR = 4
+_MOST_SPLITS = 8  # blocks of a cluster, on every card that has them
+_MOST_HEADS, _MOST_COLUMNS = 8, 1024  # queries of one key head: registers, shared memory
+_LOG2_E = 1.4426950408889634
+
+
+def why_not(heads: int, kv_heads: int, head_dim: int) -> str | None:
+    """Why `attend_sums` has no kernel for a model; None: it has."""
+    if head_dim not in (64, 128, 256):
+        return f"attention heads are {head_dim} wide, not 64, 128 or 256"
+    group = heads // kv_heads
+    if group > _MOST_HEADS or group * head_dim > _MOST_COLUMNS:
+        return f"{group} query heads of {head_dim} share a key head"
+    return None
+
+
+def attend_sums(
+    sums: torch.Tensor,
+    adapters: RowAdapters | None,
+    squares: torch.Tensor,
+    width: int,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lengths: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    splits: int | None = None,
+) -> None:
+    """`rope_and_cache`, then `paged_decode_attention`, of q|k|v = (W x plus LoRA) / rms.
+
+    sums: float32 [M, (H + 2G) * D], cleared; rounded once. squares: float32 [M], sums over `width`
+    columns. out: tiled [blocks, P, 64], of [M, H * D]; its padding stays as it is. The rest as in
+    those two, all in out's dtype, bfloat16 on a card; a row's new position is the last of its
+    context. splits: a power of two up to 8, how many blocks share one context; None: chosen.
+    """
+    rows, columns = sums.shape
+    kv_heads, head_dim = key_cache.shape[2:]
+    heads = columns // head_dim - 2 * kv_heads
+    assert columns == (heads + 2 * kv_heads) * head_dim
+    assert heads % kv_heads == 0
+    assert cos.shape == sin.shape == (len(cos), head_dim)
+    assert positions.shape == slots.shape == context_lengths.shape == (rows,)
+    assert positions.dtype == slots.dtype == context_lengths.dtype == torch.int32
+    assert block_tables.dtype == torch.int32
+    assert block_tables.stride(1) == 1
+    assert len(block_tables) == rows
+    assert key_cache.shape == value_cache.shape
+    assert out.shape == tiled_shape(heads * head_dim, out.shape[1])
+    assert rows <= out.shape[1]
+    assert cos.dtype == sin.dtype == key_cache.dtype == value_cache.dtype == out.dtype
+    assert all(tensor.is_contiguous() for tensor in (cos, sin, key_cache, value_cache, out))
+    check_sums(sums, adapters, 3, out.dtype)
+    check_squares(squares, rows)
+    if not out.is_cuda:
+        attend_sums_reference(
+            *(sums, adapters, squares, width, eps, cos, sin, positions, slots),
+            *(key_cache, value_cache, block_tables, context_lengths, scale, out),
+        )
+        return
+    assert out.dtype == torch.bfloat16
+    splits = splits or _choose_splits(rows * kv_heads, block_tables.shape[1], out.device)
+    assert splits in (1, 2, 4, _MOST_SPLITS)
+    shape = {"HEAD_DIM": head_dim, "GROUP": heads // kv_heads, "BLOCK_SIZE": key_cache.shape[1]}
+    definitions = tuple(f"{name}={value}" for name, value in shape.items())
+    function = cuda_source.load_kernel(
+        *(_SOURCE, out.dtype, "attend", out.device, definitions),
+        shared_percent=cuda_source.STEP_SHARED,
+    )
+    arguments = (
+        *(sums, *adapter_tensors(adapters), squares, key_cache, value_cache),
+        *(block_tables, context_lengths, slots, positions, cos, sin, out),
+        *(*adapter_shape(adapters, 3, columns), block_tables.stride(0)),
+        *(1 / width, eps, scale * _LOG2_E, out.shape[1]),
+    )
+    ring = _STAGES * (_THREADS // 32) * 16 * head_dim * 2  # bytes; 8 keys and values a stage
+    cuda_source.launch(
+        function,
+        (splits, kv_heads, rows),
+        _THREADS,
+        ring + (0 if adapters is None else 12 * adapters.b.shape[2]),  # and A x of one row
+        arguments,
+        out.device,
+        early=True,
+        cluster=splits,
+    )
+
+
+def attend_sums_reference(
+    sums: torch.Tensor,
+    adapters: RowAdapters | None,
+    squares: torch.Tensor,
+    width: int,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lengths: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """`attend_sums` in plain torch."""
+    values = key_cache.shape[2] * key_cache.shape[3]
+    outputs = sums.shape[1]
+    columns = (0, outputs - 2 * values, outputs - values, outputs)
+    taken = take_sums_reference(sums, adapters, columns)
+    qkv = (taken * inverse_rms_reference(squares, width, eps)).to(out.dtype)
+    caches = (key_cache, value_cache)
+    q = rope_and_cache_reference(qkv, cos, sin, positions, slots, *caches)
+    mixed = paged_decode_attention_reference(q, *caches, block_tables, context_lengths, scale)
+    write_tiled(mixed.flatten(1), out)
+
+
+def _choose_splits(heads: int, width: int, device: torch.device) -> int:
+    """Blocks enough to fill the card, of at least one block of the cache."""
+    filling = _BLOCKS_OF_A_PROCESSOR * count_processors(device) // heads
+    splits = min(max(filling, 1), width, _MOST_SPLITS)
+    return 1 << (splits.bit_length() - 1)

@@ -1,0 +1,205 @@
+"""Rope and attention of a fused decode step: the reference against rope, then attention."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from qlorachat.kernels import (
+    cuda_source,
+    decode_attention,
+    paged_decode_attention,
+    rope_and_cache,
+)
+from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels.tiles import untile
+from tests.kernels.cases import POISON, make_paged
+from tests.kernels.step_cases import (
+    EPS,
+    HIDDEN,
+    assert_untouched,
+    make_case,
+    make_tiled,
+    normed,
+    put_norm_off,
+)
+from tests.kernels.test_nf4 import needs_nvrtc
+
+LENGTHS = [1, 0, 40, 17, 33, 0, 16, 2, 100]  # 0: a padding row
+PROCESSORS = 132
+
+
+class Context(NamedTuple):
+    """What `attend_sums` takes between a norm and the scale, in its order."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_tables: torch.Tensor
+    context_lengths: torch.Tensor
+
+    def copy(self) -> "Context":
+        return Context(*(tensor.clone() for tensor in self))
+
+    @property
+    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values by slot, [slots, G, D]."""
+        return self.key_cache.flatten(0, 1), self.value_cache.flatten(0, 1)
+
+    @property
+    def written(self) -> torch.Tensor:
+        """Which slots get a new key and value, bool [slots]."""
+        own = torch.zeros(len(self.caches[0]), dtype=torch.bool)
+        own[self.slots[self.slots >= 0]] = True
+        return own
+
+
+def make_context(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, all_lengths: list[int] = LENGTHS
+) -> Context:
+    """NaN wherever no key or value of an earlier step is."""
+    case = make_paged(dtype, all_lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    lengths, block_size = case.context_lengths, case.key_cache.shape[1]
+    positions = (lengths - 1).clamp(min=0)
+    blocks = case.block_tables[torch.arange(len(lengths)), positions // block_size]
+    slots = torch.where(lengths > 0, blocks * block_size + positions % block_size, -1)
+    angles = torch.rand(max(all_lengths), head_dim) * 6
+    context = Context(
+        *(angles.cos().to(dtype), angles.sin().to(dtype), positions, slots),
+        *(case.key_cache, case.value_cache, case.block_tables, lengths),
+    )
+    for cache in context.caches:
+        cache[context.written] = POISON
+    return context
+
+
+def attend_apart(qkv: torch.Tensor, context: Context, scale: float) -> torch.Tensor:
+    """`rope_and_cache`, then `paged_decode_attention`, [M, H * D]."""
+    cos, sin, positions, slots, keys, values, tables, lengths = context
+    q = rope_and_cache(qkv, cos, sin, positions, slots, keys, values)
+    out = torch.full_like(q, POISON)
+    paged_decode_attention(q, keys, values, tables, lengths, scale, out)
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("rank", [None, 16, 48])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 4, 16), (4, 2, 80), (2, 1, 96), (9, 3, 64), (8, 1, 128)]
+)
+def test_it_is_rope_then_attention(
+    heads: int, kv_heads: int, head_dim: int, rank: int | None
+) -> None:
+    rows, columns = len(LENGTHS), heads * head_dim
+    case = make_case(rows, (columns, kv_heads * head_dim, kv_heads * head_dim), rank)
+    h, weight = torch.randn(rows, HIDDEN), torch.randn(HIDDEN)
+    step, qkv = put_norm_off(case, h, weight), normed(case, h, weight).expected().float()
+    before = make_context(torch.float32, heads, kv_heads, head_dim)
+    ours, theirs = before.copy(), before.copy()
+    out, squares = make_tiled(torch.float32, columns, 16), step.squares.clone()
+    attend_sums(*step, HIDDEN, EPS, *ours, 1 / head_dim, out)
+    expected = attend_apart(qkv, theirs, 1 / head_dim)
+    actual = untile(out, rows, columns)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert not actual[before.context_lengths == 0].any()
+    assert_untouched(out, rows, columns)
+    assert not step.sums.any()
+    assert torch.equal(step.squares, squares)
+    own = before.written
+    for old, new, other in zip(before.caches, ours.caches, theirs.caches, strict=True):
+        torch.testing.assert_close(new[own], other[own], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(new[~own], old[~own], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
+    sums, squares = torch.randn(len(LENGTHS), 8 * 64), 100 * torch.rand(len(LENGTHS))
+    qkv = (sums * torch.rsqrt(squares[:, None] / 50 + EPS)).to(dtype)
+    ours = make_context(dtype, 4, 2, 64)
+    theirs, out = ours.copy(), make_tiled(dtype, 4 * 64, 16)
+    attend_sums(sums, None, squares, 50, EPS, *ours, 0.1, out)
+    assert torch.equal(untile(out, len(LENGTHS), 4 * 64), attend_apart(qkv, theirs, 0.1))
+    for new, other in zip(ours.caches, theirs.caches, strict=True):
+        assert torch.equal(new[ours.written], other[ours.written])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "reason"),
+    [
+        (32, 32, 128, None),
+        (8, 1, 64, None),
+        (8, 1, 128, None),
+        (4, 1, 256, None),
+        (32, 32, 80, "attention heads are 80 wide, not 64, 128 or 256"),
+        (4, 4, 32, "attention heads are 32 wide, not 64, 128 or 256"),
+        (4, 4, 512, "attention heads are 512 wide, not 64, 128 or 256"),
+        (9, 1, 64, "9 query heads of 64 share a key head"),
+        (18, 2, 128, "9 query heads of 128 share a key head"),
+        (5, 1, 256, "5 query heads of 256 share a key head"),
+    ],
+)
+def test_why_a_model_has_no_kernel(
+    heads: int, kv_heads: int, head_dim: int, reason: str | None
+) -> None:
+    assert decode_attention.why_not(heads, kv_heads, head_dim) == reason
+
+
+@pytest.fixture
+def processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_attention, "count_processors", lambda device: PROCESSORS)
+
+
+@pytest.mark.usefixtures("processors")
+@pytest.mark.parametrize(
+    ("heads", "width", "splits"),
+    [
+        (1, 1, 1),
+        (1, 3, 2),
+        (1, 7, 4),
+        (1, 8, 8),
+        (1, 4096, 8),
+        (66, 128, 8),
+        (67, 128, 4),
+        (133, 128, 2),
+        (264, 128, 2),
+        (265, 128, 1),
+        (64 * 32, 128, 1),
+    ],
+)
+def test_contexts_are_split_to_fill_a_card(heads: int, width: int, splits: int) -> None:
+    assert decode_attention._choose_splits(heads, width, torch.device("cuda", 0)) == splits
+
+
+@pytest.mark.usefixtures("processors")
+def test_splits_are_powers_of_two() -> None:
+    for heads in range(1, 1000):
+        for width in range(1, 20):
+            splits = decode_attention._choose_splits(heads, width, torch.device("cuda", 0))
+            assert splits in (1, 2, 4, 8)
+            assert splits <= width
+
+
+def compile_attention(head_dim: int, group: int) -> bytes:
+    shape = [f"HEAD_DIM={head_dim}", f"GROUP={group}", "BLOCK_SIZE=16"]
+    definitions = ["BF16=1", "SHARED_BASE=0", *shape]
+    return cuda_source.compile_source("decode_attention.cu", "sm_90a", definitions)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("head_dim", "group"),
+    [(64, 1), (64, 3), (64, 8), (128, 1), (128, 4), (128, 8), (256, 1), (256, 4)],
+)
+def test_the_source_compiles(head_dim: int, group: int) -> None:
+    assert decode_attention.why_not(group, 1, head_dim) is None
+    code = compile_attention(head_dim, group)
+    assert code.startswith(b"\x7fELF")
+    assert b"\0attend\0" in code
+
+
+@needs_nvrtc
+def test_the_source_refuses_other_heads() -> None:
+    with pytest.raises(RuntimeError, match="HEAD_DIM of 64, 128 or 256"):
+        compile_attention(80, 1)
