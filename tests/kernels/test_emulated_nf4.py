@@ -1,0 +1,147 @@
+"""The CUDA kernels of NF4 products, run on a CPU (`emulator`), against the weights in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlorachat.kernels import nf4
+from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize, nf4_write_out
+from qlorachat.kernels.nf4_matmul import nf4_matmul
+from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled
+from qlorachat.kernels.tiles import rows_padded, tile
+from tests.kernels.cases import POISON
+from tests.kernels.emulator import Emulator, OnCard
+from tests.kernels.step_cases import UNTOUCHED
+from tests.kernels.test_nf4 import make_matrix
+
+HALVES = [torch.bfloat16, torch.float16]
+SUMMED = 1e-5  # error of float32 sums, of |x| |W|
+EXTREME = 200.0  # times a usual absmax
+
+
+def make_weight(heights: tuple[int, ...], columns: int, dtype: torch.dtype) -> Nf4Matrix:
+    matrix, _ = make_matrix(heights, columns, largest=EXTREME)
+    return replace(matrix, pairs=nf4.byte_pairs(matrix.code, dtype))
+
+
+def multiplied(
+    x: torch.Tensor, weight: Nf4Matrix, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x W^T and |x| |W|^T in float64, of the 16 code values rounded to the dtype."""
+    rounded = nf4_dequantize(replace(weight, code=weight.code.to(dtype).float())).double()
+    return x.double() @ rounded.T, x.double().abs() @ rounded.abs().T
+
+
+def assert_near(
+    actual: torch.Tensor, expected: torch.Tensor, sizes: torch.Tensor, rounding: float
+) -> None:
+    """rounding: of the result, relative."""
+    error = (actual.as_subclass(torch.Tensor).double() - expected).abs()
+    assert bool((error <= rounding * expected.abs() + SUMMED * sizes).all())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((32, 80), 1088)]
+)
+def test_write_out(
+    card: Emulator, heights: tuple[int, ...], columns: int, dtype: torch.dtype
+) -> None:
+    weight = make_weight(heights, columns, dtype)
+    assert torch.equal(nf4_write_out(weight, dtype), nf4_dequantize(weight).to(dtype))
+    assert card.launched == ["nf4_write_out"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "heights", "columns", "blocks", "dtype"),
+    [
+        (1, (48, 16, 32), 512, 2, torch.bfloat16),
+        (1, (16,), 64, 1, torch.float16),
+        (8, (32, 32), 576, 3, torch.bfloat16),
+        (8, (16,), 4352, 1, torch.bfloat16),
+        (3, (256, 16), 192, 4, torch.bfloat16),
+        (9, (48, 16, 32), 192, 2, torch.bfloat16),
+        (16, (80,), 1024, 3, torch.float16),
+        (17, (48, 16, 32), 512, 2, torch.bfloat16),
+        (40, (96,), 576, 1, torch.bfloat16),
+    ],
+)
+def test_nf4_matmul(
+    card: Emulator,
+    rows: int,
+    heights: tuple[int, ...],
+    columns: int,
+    blocks: int,
+    dtype: torch.dtype,
+) -> None:
+    weight, x = make_weight(heights, columns, dtype), torch.randn(rows, columns).to(dtype)
+    expected, sizes = multiplied(x, weight, dtype)
+    results = []
+    for card.seed in (0, 3):
+        results.append(nf4_matmul(x.as_subclass(OnCard), weight, blocks=blocks))
+        assert_near(results[-1], expected, sizes, torch.finfo(dtype).eps / 2)
+    assert torch.equal(*results)
+    assert len(card.launched) == 2
+
+
+def make_shrinking(rows: int, ranks: int, columns: int, dtype: torch.dtype) -> Shrinking:
+    """Slots 1 and 3 of 4, or 3 alone for one row; the other slots' A is NaN."""
+    slots = torch.tensor([3, 0, 1, 3, 0, 0, 1])[torch.arange(rows) % 7].int()
+    a = torch.randn(4, ranks, columns).to(dtype)
+    for slot in range(4):
+        if slot + 1 not in slots:
+            a[slot] = POISON
+    b = torch.randn(4, 96, ranks).to(dtype)
+    return Shrinking(a, b, slots, torch.full((rows, 4 * ranks), UNTOUCHED))
+
+
+@pytest.mark.parametrize("ranks", [None, 16, 48])
+@pytest.mark.parametrize(
+    ("rows", "heights", "columns", "blocks", "dtype"),
+    [
+        (1, (96,), 512, 3, torch.bfloat16),
+        (8, (256, 16, 32), 576, 2, torch.bfloat16),
+        (8, (48, 16, 32), 2560, 1, torch.float16),
+        (9, (48, 16, 96), 192, 2, torch.bfloat16),
+        (16, (144,), 2560, 5, torch.bfloat16),
+        (20, (192, 16), 512, 3, torch.bfloat16),
+        (64, (96, 112), 576, 4, torch.bfloat16),
+        (33, (16,), 1024, 3, torch.float16),
+    ],
+)
+def test_nf4_matmul_tiled(
+    card: Emulator,
+    rows: int,
+    heights: tuple[int, ...],
+    columns: int,
+    blocks: int,
+    dtype: torch.dtype,
+    ranks: int | None,
+) -> None:
+    weight, x = make_weight(heights, columns, dtype), torch.randn(rows, columns).to(dtype)
+    before = torch.randn(rows, weight.rows)
+    expected, sizes = multiplied(x, weight, dtype)
+    tiled = tile(x, rows_padded(rows))
+    tiled[:, rows:] = POISON
+    for card.seed in (0, 1, 2, 3):
+        sums = before.clone()
+        adapters = make_shrinking(rows, ranks, columns, dtype) if ranks else None
+        nf4_matmul_tiled(tiled.as_subclass(OnCard), weight, sums, adapters, blocks=blocks)
+        assert_near(sums, before + expected, 1 + sizes, 0)
+        if adapters is not None:
+            assert_shrunk(adapters, x)
+    assert len(card.launched) == 4
+
+
+def assert_shrunk(adapters: Shrinking, x: torch.Tensor) -> None:
+    """A x is added for each row's own slot alone."""
+    a, _, slots, shrunk = adapters
+    for own, row, slot in zip(x, shrunk.view(len(x), 4, -1), slots.tolist(), strict=True):
+        for number, values in enumerate(row, 1):
+            if number != slot:
+                assert bool((values == UNTOUCHED).all())
+                continue
+            expected = UNTOUCHED + a[slot - 1].double() @ own.double()
+            sizes = 1 + a[slot - 1].double().abs() @ own.double().abs()
+            assert_near(values, expected, sizes, 0)
