@@ -35,10 +35,13 @@ def product(rows: int, parts: tuple[int, ...], rank: int | None) -> tuple[Any, .
     """Sums, adapters and squares, as a product of `rows` rows leaves them."""
     outputs, slots, adapters = sum(parts), 4, None
     if rank is not None:
+        own = torch.randint(0, slots + 1, (rows,), dtype=torch.int32, device="cuda")
+        shrunk = torch.randn(rows, slots, len(parts) * rank, device="cuda")
+        shrunk[own[:, None] != torch.arange(1, slots + 1, device="cuda")] = NAN
         adapters = RowAdapters(
-            shrunk=torch.randn(rows, slots * len(parts) * rank, device="cuda"),
+            shrunk=shrunk.flatten(1),
             b=half(slots, outputs, rank) / rank**0.5,
-            slots=torch.randint(0, slots + 1, (rows,), dtype=torch.int32, device="cuda"),
+            slots=own,
             scales=torch.rand(rows, device="cuda") * 2,
         )
     sums = torch.randn(rows, outputs, device="cuda")

@@ -1,6 +1,6 @@
 """PagedBackend on the real demo model: the reference's answers, whoever else is in the batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, sleep
@@ -12,7 +12,7 @@ import torch
 from qlorachat import ChatEngine, Message, Reply
 from qlorachat.config import BackendChoice, QuantizationChoice
 from qlorachat.engine.backend import PagedBackend
-from qlorachat.engine.batch import Batch
+from qlorachat.engine.batch import Batch, ScheduledRow
 from qlorachat.errors import AdapterError, ConfigError, EngineError
 from tests.near_ties import LOGPROBS, assert_same
 from tests.trained import QUESTION, SENTENCE, train_sentence
@@ -70,17 +70,29 @@ def test_greedy_answers_are_the_references_up_to_a_near_tie(
         assert_same(mine, theirs)
 
 
-def test_a_mixed_batch_equals_the_single_runs(engine: ChatEngine) -> None:
+def test_a_mixed_batch_equals_the_single_runs(
+    engine: ChatEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs = [(p, a) for p in (PROMPTS[0], QUESTION) for a in (None, "zunda", "other")]
 
     def ask(job: tuple[str, str | None]) -> Reply:
         return engine.chat(job[0], adapter=job[1], max_tokens=12, **GREEDY)
 
     alone = [ask(job) for job in jobs]
+    slots: list[list[int]] = []
+    decode = paged(engine)._runner._decode
+
+    def record(rows: Sequence[ScheduledRow]) -> object:
+        slots.append([row.slot for row in rows])
+        return decode(rows)
+
+    monkeypatch.setattr(paged(engine)._runner, "_decode", record)
     with ThreadPoolExecutor(len(jobs)) as pool:
         for mine, theirs in zip(pool.map(ask, jobs), alone, strict=True):
             assert_same(mine, theirs)
     assert SENTENCE.startswith(alone[4].text)
+    assert all(own == sorted(own) for own in slots), "rows with one adapter are neighbours"
+    assert max(len(set(own)) for own in slots) == 3
 
 
 def test_a_second_turn_computes_only_what_is_new(

@@ -182,7 +182,7 @@ def test_splits_are_powers_of_two() -> None:
 
 
 def compile_attention(head_dim: int, group: int) -> bytes:
-    shape = [f"HEAD_DIM={head_dim}", f"GROUP={group}", "BLOCK_SIZE=16"]
+    shape = decode_attention.definitions(group, 1, head_dim)
     definitions = ["BF16=1", "SHARED_BASE=0", *shape]
     return cuda_source.compile_source("decode_attention.cu", "sm_90a", definitions)
 

@@ -10,6 +10,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlorachat.kernels import cuda_source
 from qlorachat.kernels.tiles import untile
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fused_decode, fusion
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
@@ -175,6 +176,10 @@ def test_a_step_that_fails_leaves_no_sums(
     torch.testing.assert_close(fused(rows, cache())[:-1], expected[:-1])
 
 
+def raise_runtime_error(*arguments: object) -> None:
+    raise RuntimeError("CUDA: no image")
+
+
 def raise_memory_error(*arguments: object) -> None:
     raise MemoryError
 
@@ -183,7 +188,15 @@ def test_why_a_model_is_not_fused(model: PagedLlama, monkeypatch: pytest.MonkeyP
     layers, shape = model._layers, (HEADS, KV_HEADS, HIDDEN // HEADS)
     assert why_not_fused(layers, torch.bfloat16, *shape) == "the card is no Hopper"
     monkeypatch.setattr(fused_decode, "runs_tiled", lambda device: True)
+    with monkeypatch.context() as broken:
+        broken.setattr(cuda_source, "load", raise_runtime_error)
+        assert "the driver does not take" in str(why_not_fused(layers, torch.bfloat16, *shape))
+    loaded: list[object] = []
+    monkeypatch.setattr(cuda_source, "load", lambda names, *given: loaded.append((*names, *given)))
     assert why_not_fused(layers, torch.bfloat16, *shape) is None
+    like = (torch.bfloat16, torch.device("cpu"))
+    heads = ("HEAD_DIM=64", "GROUP=3")
+    assert loaded == [("decode_step.cu", *like), ("decode_attention.cu", *like, heads)]
     assert "float16" in str(why_not_fused(layers, torch.float16, *shape))
     assert "80 wide" in str(why_not_fused(layers, torch.bfloat16, 3, 1, 80))
     dense = replace(layers[1], down=nn.Linear(INNER, HIDDEN))

@@ -116,12 +116,7 @@ def load_kernel(
     decides.
     """
     module = _load(name, dtype, find_shared_base(device), device, definitions)
-    function = _function(module, kernel, shared_bytes(device))
-    if shared_percent is not None:
-        driver: Any = importlib.import_module("cuda.bindings.driver")
-        hint = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        _done(driver.cuFuncSetAttribute(function, hint, shared_percent))
-    return function
+    return _function(module, kernel, shared_bytes(device), shared_percent)
 
 
 @functools.cache
@@ -214,16 +209,21 @@ def _load(
         return _done(answer)
 
 
-def _function(module: Any, kernel: str, most_shared_bytes: int) -> Any:
+def _function(
+    module: Any, kernel: str, most_shared_bytes: int, shared_percent: int | None = None
+) -> Any:
     driver: Any = importlib.import_module("cuda.bindings.driver")
     function = _done(driver.cuModuleGetFunction(module, kernel.encode()))
+    attributes = driver.CUfunction_attribute
     if most_shared_bytes:
-        attributes = driver.CUfunction_attribute
         static = _done(
             driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
         )
         most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _done(driver.cuFuncSetAttribute(function, most, most_shared_bytes - static))
+    if shared_percent is not None:
+        hint = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _done(driver.cuFuncSetAttribute(function, hint, shared_percent))
     return function
 
 

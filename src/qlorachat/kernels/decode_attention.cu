@@ -1,5 +1,5 @@
 // Rope and attention of a fused decode step: one launch from the sums of q|k|v to the input of the
-// product that follows. Compiled with HEAD_DIM, GROUP (query heads of a key head) and BLOCK_SIZE.
+// product that follows. Compiled with HEAD_DIM and GROUP, the query heads of a key head.
 //
 // Blocks share out key heads, rows and, in clusters, splits of a row's context. Keys and values come
 // through a ring in shared memory of each warp's own, those of earlier steps before the wait for
@@ -19,7 +19,6 @@ constexpr int STAGE_BYTES = 2 * LOADS * 512;
 constexpr int MOST_SPLITS = 8;
 constexpr float NOTHING = -1e30f;        // the peak of no scores; finite, for differences of two
 static_assert(LANES * TOGETHER == 32 && LOADS * TOGETHER == STEP, "HEAD_DIM of 64, 128 or 256");
-static_assert(BLOCK_SIZE % STEP == 0, "a step lies in one block of the cache");
 
 struct Softmax {  // of one query head, over the positions that were seen; mixed: 8 elements of a lane
   float peak = NOTHING, total = 0.f, mixed[8] = {};
@@ -95,10 +94,10 @@ __device__ __forceinline__ float multiply_eight(uint4 b, const float* shrunk) {
 }
 
 struct Cache {
-  u16 *keys, *values;  // [blocks, BLOCK_SIZE, kv_heads, HEAD_DIM]
+  u16 *keys, *values;  // [blocks, 1 << block_shift, kv_heads, HEAD_DIM]
   const int* tables;   // [rows, table_stride]
   const int *lengths, *slots, *positions;  // [rows]
-  int table_stride;
+  int table_stride, block_shift;  // a block holds STEP positions or more, so that none is in two
 };
 
 __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, const float* squares, const Cache& cache,
@@ -116,15 +115,15 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
   // Positions start to stop are this block's, all from earlier steps; the owner has the new one too.
   const int length = __ldg(cache.lengths + row), slot = __ldg(cache.slots + row);
   const int position = __ldg(cache.positions + row), adapter = adapters.b ? __ldg(adapters.slots + row) : 0;
-  const int blocks = (length + BLOCK_SIZE - 1) / BLOCK_SIZE;
-  const int span = (blocks + splits - 1) / splits * BLOCK_SIZE, start = split * span;
+  const int shift = cache.block_shift, blocks = (length + (1 << shift) - 1) >> shift;
+  const int span = (blocks + splits - 1) / splits << shift, start = split * span;
   const int stop = min(start + span, length - 1);
   const bool owner = length == 0 ? split == 0 : length - 1 >= start && length - 1 < start + span;
   const int* table = cache.tables + static_cast<u64>(row) * cache.table_stride;
   const u32 landing = static_cast<u32>(__cvta_generic_to_shared(ring)) + lane * 16;
   auto fetch = [&](int base, int stage) {
     if (base < stop) {
-      const u64 place = static_cast<u64>(__ldg(table + base / BLOCK_SIZE)) * BLOCK_SIZE + base % BLOCK_SIZE;
+      const u64 place = (static_cast<u64>(__ldg(table + (base >> shift))) << shift) + (base & ((1 << shift) - 1));
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
         const int offset = i * TOGETHER + lane / LANES;
@@ -341,8 +340,8 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
     float* sums, const float* shrunk, const u16* b, const int* slots, const float* scales, const float* squares,
     u16* keys, u16* values, const int* tables, const int* lengths, const int* cache_slots, const int* positions,
-    const u16* cos, const u16* sin, u16* out, int count, int parts, int ranks, int outputs, int table_stride,
-    float share, float eps, float scale, int padded) {
-  attend(sums, {shrunk, b, slots, scales, count, parts, ranks, outputs}, squares,
-         {keys, values, tables, lengths, cache_slots, positions, table_stride}, cos, sin, out, share, eps, scale, padded);
+    const u16* cos, const u16* sin, u16* out, int count, int ranks, int outputs, int table_stride,
+    int block_shift, float share, float eps, float scale, int padded) {
+  attend(sums, {shrunk, b, slots, scales, count, ranks, outputs}, squares,
+         {keys, values, tables, lengths, cache_slots, positions, table_stride, block_shift}, cos, sin, out, share, eps, scale, padded);
 }

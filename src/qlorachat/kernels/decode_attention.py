@@ -19,8 +19,8 @@ from qlorachat.kernels.sums import (
 )
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
-_SOURCE = "decode_attention.cu"
-_THREADS, _STAGES = 128, 3  # as in the source
+SOURCE = "decode_attention.cu"
+_THREADS, _STAGES, _STEP = 128, 3, 8  # as in the source; _STEP: positions of a warp at a time
 _BLOCKS_OF_A_PROCESSOR = 4
 _MOST_SPLITS = 8  # blocks of a cluster, on every card that has them
 _MOST_HEADS, _MOST_COLUMNS = 8, 1024  # queries of one key head: registers, shared memory
@@ -35,6 +35,11 @@ def why_not(heads: int, kv_heads: int, head_dim: int) -> str | None:
     if group > _MOST_HEADS or group * head_dim > _MOST_COLUMNS:
         return f"{group} query heads of {head_dim} share a key head"
     return None
+
+
+def definitions(heads: int, kv_heads: int, head_dim: int) -> tuple[str, ...]:
+    """What `SOURCE` is compiled with."""
+    return f"HEAD_DIM={head_dim}", f"GROUP={heads // kv_heads}"
 
 
 def attend_sums(
@@ -67,17 +72,13 @@ def attend_sums(
     heads = columns // head_dim - 2 * kv_heads
     assert columns == (heads + 2 * kv_heads) * head_dim
     assert heads % kv_heads == 0
-    assert cos.shape == sin.shape == (len(cos), head_dim)
-    assert positions.shape == slots.shape == context_lengths.shape == (rows,)
-    assert positions.dtype == slots.dtype == context_lengths.dtype == torch.int32
-    assert block_tables.dtype == torch.int32
-    assert block_tables.stride(1) == 1
-    assert len(block_tables) == rows
-    assert key_cache.shape == value_cache.shape
     assert out.shape == tiled_shape(heads * head_dim, out.shape[1])
     assert rows <= out.shape[1]
-    assert cos.dtype == sin.dtype == key_cache.dtype == value_cache.dtype == out.dtype
-    assert all(tensor.is_contiguous() for tensor in (cos, sin, key_cache, value_cache, out))
+    assert positions.shape == (rows,)
+    assert key_cache.dtype == out.dtype
+    assert out.is_contiguous()
+    _check_context(cos, sin, positions, slots, key_cache, value_cache)
+    _check_reach(block_tables, context_lengths, rows)
     check_sums(sums, adapters, 3, out.dtype)
     check_squares(squares, rows)
     if not out.is_cuda:
@@ -89,19 +90,21 @@ def attend_sums(
     assert out.dtype == torch.bfloat16
     splits = splits or _choose_splits(rows * kv_heads, block_tables.shape[1], out.device)
     assert splits in (1, 2, 4, _MOST_SPLITS)
-    shape = {"HEAD_DIM": head_dim, "GROUP": heads // kv_heads, "BLOCK_SIZE": key_cache.shape[1]}
-    definitions = tuple(f"{name}={value}" for name, value in shape.items())
+    block_size = key_cache.shape[1]
+    assert block_size >= _STEP
+    assert block_size.bit_count() == 1
+    shape = definitions(heads, kv_heads, head_dim)
     function = cuda_source.load_kernel(
-        *(_SOURCE, out.dtype, "attend", out.device, definitions),
+        *(SOURCE, out.dtype, "attend", out.device, shape),
         shared_percent=cuda_source.STEP_SHARED,
     )
     arguments = (
         *(sums, *adapter_tensors(adapters), squares, key_cache, value_cache),
         *(block_tables, context_lengths, slots, positions, cos, sin, out),
-        *(*adapter_shape(adapters, 3, columns), block_tables.stride(0)),
-        *(1 / width, eps, scale * _LOG2_E, out.shape[1]),
+        *(*adapter_shape(adapters, columns), block_tables.stride(0)),
+        *(block_size.bit_length() - 1, 1 / width, eps, scale * _LOG2_E, out.shape[1]),
     )
-    ring = _STAGES * (_THREADS // 32) * 16 * head_dim * 2  # bytes; 8 keys and values a stage
+    ring = _STAGES * (_THREADS // 32) * 2 * _STEP * head_dim * 2  # bytes of keys and values
     cuda_source.launch(
         function,
         (splits, kv_heads, rows),
@@ -141,6 +144,29 @@ def attend_sums_reference(
     q = rope_and_cache_reference(qkv, cos, sin, positions, slots, *caches)
     mixed = paged_decode_attention_reference(q, *caches, block_tables, context_lengths, scale)
     write_tiled(mixed.flatten(1), out)
+
+
+def _check_context(
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> None:
+    assert cos.shape == sin.shape == (len(cos), key_cache.shape[3])
+    assert positions.shape == slots.shape
+    assert positions.dtype == slots.dtype == torch.int32
+    assert key_cache.shape == value_cache.shape
+    assert cos.dtype == sin.dtype == key_cache.dtype == value_cache.dtype
+    assert all(tensor.is_contiguous() for tensor in (cos, sin, key_cache, value_cache))
+
+
+def _check_reach(block_tables: torch.Tensor, context_lengths: torch.Tensor, rows: int) -> None:
+    assert context_lengths.shape == (rows,)
+    assert len(block_tables) == rows
+    assert block_tables.stride(1) == 1
+    assert block_tables.dtype == context_lengths.dtype == torch.int32
 
 
 def _choose_splits(heads: int, width: int, device: torch.device) -> int:

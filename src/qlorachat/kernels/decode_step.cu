@@ -149,19 +149,20 @@ KERNEL begin_residual(const long long* ids, const u16* embedding, const u16* wei
                       float* squares, int rows, int width, int padded) {
   begin_residual(ids, embedding, {residual, weight, x, squares, rows, width, padded});
 }
-#define INSTANCES(TILES)                                                                                  \
-  KERNEL add_to_residual_##TILES(float* sums, const float* shrunk, const u16* b, const int* slots,        \
-                                 const float* scales, u16* residual, const u16* weight, u16* x,           \
-                                 float* squares, int count, int parts, int ranks, int outputs, int rows,  \
-                                 int padded) {                                                            \
-    add_to_residual<TILES>(sums, {shrunk, b, slots, scales, count, parts, ranks, outputs},                \
-                           {residual, weight, x, squares, rows, outputs, padded});                        \
-  }                                                                                                       \
-  KERNEL silu_mul_##TILES(float* sums, const float* shrunk, const u16* b, const int* slots,               \
-                          const float* scales, const float* squares, u16* x, int count, int parts,        \
-                          int ranks, int outputs, float share, float eps, int rows, int padded) {         \
-    silu_mul<TILES>(sums, {shrunk, b, slots, scales, count, parts, ranks, outputs}, squares, x, share,    \
-                    eps, rows, padded);                                                                   \
+
+#define INSTANCES(TILES)                                                                                \
+  KERNEL add_to_residual_##TILES(float* sums, const float* shrunk, const u16* b, const int* slots,      \
+                                 const float* scales, u16* residual, const u16* weight, u16* x,         \
+                                 float* squares, int count, int ranks, int outputs, int rows,           \
+                                 int padded) {                                                          \
+    add_to_residual<TILES>(sums, {shrunk, b, slots, scales, count, ranks, outputs},                     \
+                           {residual, weight, x, squares, rows, outputs, padded});                      \
+  }                                                                                                     \
+  KERNEL silu_mul_##TILES(float* sums, const float* shrunk, const u16* b, const int* slots,             \
+                          const float* scales, const float* squares, u16* x, int count, int ranks,      \
+                          int outputs, float share, float eps, int rows, int padded) {                  \
+    silu_mul<TILES>(sums, {shrunk, b, slots, scales, count, ranks, outputs}, squares, x, share,         \
+                    eps, rows, padded);                                                                 \
   }
 
 INSTANCES(1)

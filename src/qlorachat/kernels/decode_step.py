@@ -25,7 +25,7 @@ from qlorachat.kernels.sums import (
 )
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
-_SOURCE = "decode_step.cu"
+SOURCE = "decode_step.cu"
 _THREADS, _ROWS = 128, 8  # of a block
 
 
@@ -82,7 +82,7 @@ def add_to_residual(
         return
     arguments = (
         *(sums, *adapter_tensors(adapters), residual, weight, x, squares),
-        *(*adapter_shape(adapters, 1, width), rows, 0 if x is None else x.shape[1]),
+        *(*adapter_shape(adapters, width), rows, 0 if x is None else x.shape[1]),
     )
     tiles = _tiles(rows)
     assert width % (16 * tiles) == 0
@@ -115,7 +115,7 @@ def silu_mul_sums(
         return
     arguments = (
         *(sums, *adapter_tensors(adapters), squares, x),
-        *(*adapter_shape(adapters, 2, outputs), 1 / hidden, eps, rows, x.shape[1]),
+        *(*adapter_shape(adapters, outputs), 1 / hidden, eps, rows, x.shape[1]),
     )
     tiles = _tiles(rows)
     shape = ((outputs // 2, 64 * tiles), (rows, _ROWS))
@@ -199,7 +199,7 @@ def _launch(
     """Columns and rows: how many there are, and how many of them a block takes."""
     assert like.dtype == torch.bfloat16
     function = cuda_source.load_kernel(
-        _SOURCE, like.dtype, kernel, like.device, shared_percent=cuda_source.STEP_SHARED
+        SOURCE, like.dtype, kernel, like.device, shared_percent=cuda_source.STEP_SHARED
     )
     grid = [-(-count // own) for count, own in (columns, rows)]
     cuda_source.launch(function, grid, _THREADS, 0, arguments, like.device, early=True)

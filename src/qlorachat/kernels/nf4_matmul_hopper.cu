@@ -305,16 +305,17 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
   }
 }
 
-#define INSTANCE(NAME, P, GROUPS, REGISTERS, ALIGNED)                                                \
-  extern "C" __global__ void __maxnreg__(REGISTERS) NAME(                      \
-      const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,  \
-      const u8* x, float* sums, const u16* lora_a, const u8* lora_b, const int* slots, float* shrunk, int x_rows, int rows, int columns,   \
-      int start1, int start2, int group1, int group2, float offset0, float offset1, float offset2,     \
-      int count, int ranks, int splits, int b_bytes, int product_blocks) {                             \
-    const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                          \
-                      group1, group2, offset0, offset1, offset2};                                      \
-    const Adapters adapters = {lora_a, lora_b, slots, shrunk, count, ranks, splits, b_bytes};                 \
-    nf4_matmul<P, GROUPS, ALIGNED>(m, adapters, pairs, code2, x, sums, x_rows, product_blocks);        \
+#define INSTANCE(NAME, P, GROUPS, REGISTERS, ALIGNED)                                                   \
+  extern "C" __global__ void __maxnreg__(REGISTERS) NAME(                                               \
+      const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,   \
+      const u8* x, float* sums, const u16* lora_a, const u8* lora_b, const int* slots,                  \
+      float* shrunk, int x_rows, int rows, int columns,                                                 \
+      int start1, int start2, int group1, int group2, float offset0, float offset1, float offset2,      \
+      int count, int ranks, int splits, int b_bytes, int product_blocks) {                              \
+    const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                           \
+                      group1, group2, offset0, offset1, offset2};                                       \
+    const Adapters adapters = {lora_a, lora_b, slots, shrunk, count, ranks, splits, b_bytes};           \
+    nf4_matmul<P, GROUPS, ALIGNED>(m, adapters, pairs, code2, x, sums, x_rows, product_blocks);         \
   }
 
 // 144 registers leave room beside these blocks for those of the kernels between products.

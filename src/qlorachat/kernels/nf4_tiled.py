@@ -15,6 +15,7 @@ from qlorachat.kernels.tuned import tuned_blocks
 
 _STAGES = 4  # of the ring of x, STAGES in the source
 _UNIT_BLOCKS = 4  # blocks of 64 k in a unit, CHUNK in the source
+_STRIDE = 20  # of 16 ranks of a row of x, STRIDE in the source
 _SPLITS = 4  # of K among the blocks that multiply with A
 _FREE = 4  # processors left to those
 
@@ -102,7 +103,7 @@ def nf4_matmul_tiled(
     tuned = tuned_blocks("nf4_matmul_tiled", padded, (weight.rows, weight.columns), x.device)
     blocks = blocks or tuned or per_processor * (count_processors(x.device) - _FREE)
     ring = _STAGES * (_UNIT_BLOCKS * padded * 128 + 16)
-    partial = threads // 32 * padded * 20 * 4  # float32 sums of A x, one of every warp
+    partial = threads // 32 * padded * _STRIDE * 4  # float32 sums of A x, one of every warp
     slots, ranks = (1, 0) if adapters is None else adapters.a.shape[:2]
     b_bytes = 0 if adapters is None else adapters.b[0].numel() * adapters.b.element_size()
     arguments = (

@@ -23,11 +23,11 @@ __device__ __forceinline__ int tiled_at(int row, int column, int padded) {
 }
 
 struct Adapters {
-  const float* shrunk;  // A x, [M, count, parts, ranks]
+  const float* shrunk;  // A x, [M, count, ranks of each part]
   const u16* b;         // [count, outputs, ranks]; null: no row has an adapter
   const int* slots;     // of each row, from 1; 0 for none
   const float* scales;  // of each row
-  int count, parts, ranks, outputs;
+  int count, ranks, outputs;
 };
 
 // What adapters add to sums of 8 rows and TILES * 16 columns in each of PARTS: a warp's, as mma leaves

@@ -61,10 +61,10 @@ def adapter_tensors(adapters: RowAdapters | None) -> Sequence[Argument]:
     return (None,) * 4 if adapters is None else tuple(adapters)
 
 
-def adapter_shape(adapters: RowAdapters | None, parts: int, outputs: int) -> Sequence[Argument]:
-    """The arguments that the sources call count, parts, ranks and outputs."""
+def adapter_shape(adapters: RowAdapters | None, outputs: int) -> Sequence[Argument]:
+    """The arguments that the sources call count, ranks and outputs."""
     count, ranks = (1, 16) if adapters is None else (len(adapters.b), adapters.b.shape[2])
-    return count, parts, ranks, outputs
+    return count, ranks, outputs
 
 
 def take_sums_reference(

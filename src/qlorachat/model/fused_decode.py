@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlorachat.kernels import decode_attention
+from qlorachat.kernels import cuda_source, decode_attention, decode_step
 from qlorachat.kernels.decode_attention import attend_sums
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.nf4 import Nf4Matrix
@@ -38,7 +38,16 @@ def why_not_fused(
         return "the card is no Hopper"
     if dtype != torch.bfloat16:
         return "float16 has too small a range for a norm that is applied late"
-    return decode_attention.why_not(heads, kv_heads, head_dim)
+    if reason := decode_attention.why_not(heads, kv_heads, head_dim):
+        return reason
+    try:
+        device = layers[0].attention_norm.device
+        cuda_source.load([decode_step.SOURCE], dtype, device)
+        shape = decode_attention.definitions(heads, kv_heads, head_dim)
+        cuda_source.load([decode_attention.SOURCE], dtype, device, shape)
+    except (RuntimeError, OSError) as error:
+        return f"the driver does not take what NVRTC compiles ({error})"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """An NF4 layer on our own kernels: few rows are multiplied as the weights are, many written out."""
 
 from collections.abc import Sequence
-from weakref import WeakValueDictionary
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -41,8 +40,8 @@ class Nf4Linear(nn.Module):
             absmax=torch.cat([state.absmax for state in states]),
             absmax2=torch.cat([state.state2.absmax for state in states]),
             code=states[0].code,
-            pairs=_one_copy(nf4.byte_pairs(states[0].code, parts[0].compute_dtype)),
-            code2=_one_copy(states[0].state2.code),
+            pairs=nf4.byte_pairs(states[0].code, parts[0].compute_dtype),
+            code2=states[0].state2.code,
             heights=tuple(state.shape[0] for state in states),
             offsets=tuple(float(state.offset) for state in states),
             columns=states[0].shape[1],
@@ -54,14 +53,3 @@ class Nf4Linear(nn.Module):
             return functional.linear(x, nf4.nf4_write_out(self.weight, x.dtype), self.bias)
         y = nf4_matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
-
-
-_tables: WeakValueDictionary[tuple[torch.device, torch.dtype, bytes], torch.Tensor] = (
-    WeakValueDictionary()
-)
-
-
-def _one_copy(table: torch.Tensor) -> torch.Tensor:
-    """A small table, or the equal one of another layer: what all layers read stays in the L2."""
-    content = table.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-    return _tables.setdefault((table.device, table.dtype, content), table)

@@ -57,7 +57,7 @@ class OnCard(torch.Tensor):
 
 
 class Kernel(NamedTuple):
-    library: ctypes.CDLL
+    code: ctypes.CDLL
     name: str
     parameters: list[Parameter]
 
@@ -95,8 +95,8 @@ class Emulator:
     ) -> Kernel:
         """As `cuda_source.load_kernel`. Raises RuntimeError with the compiler's words."""
         half = f"BF16={int(dtype == torch.bfloat16)}"
-        library, kernels = self._build(name, (half, *definitions))
-        return Kernel(library, kernel, kernels[kernel])
+        code, kernels = self._build(name, (half, *definitions))
+        return Kernel(code, kernel, kernels[kernel])
 
     def launch(
         self,
@@ -126,10 +126,10 @@ class Emulator:
             else _Range(None, None, 0)
             for each, own in zip(parameters, guarded, strict=True)
         ]
-        library: Any = function.library
-        library.on_cpu_launch.restype = ctypes.c_char_p
-        error = library.on_cpu_launch(
-            getattr(library, f"run_{function.name}"),
+        code: Any = function.code
+        code.on_cpu_launch.restype = ctypes.c_char_p
+        error = code.on_cpu_launch(
+            getattr(code, f"run_{function.name}"),
             pointers,
             (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             *(threads, shared_bytes, cluster),
@@ -155,9 +155,9 @@ class Emulator:
         text, kernels = translate(plain)
         path = self._folder / f"{name}-{'-'.join(definitions)}.cpp"
         path.write_text(f'#include "{_HEADER}"\n{text}\n', encoding="utf-8")
-        library = path.with_suffix(".so")
-        _run(program, *_FLAGS, str(path), "-o", str(library))
-        return ctypes.CDLL(str(library)), kernels
+        built = path.with_suffix(".so")
+        _run(program, *_FLAGS, str(path), "-o", str(built))
+        return ctypes.CDLL(str(built)), kernels
 
 
 class _Guarded:
