@@ -2,26 +2,28 @@
 
     PYTHONPATH=src python bench/fused_check.py
 
-Random inputs from 1 to 64 rows, ranks 16 to 256, several slots, heads of 64 to 256 and groups of 1
+Random inputs from 1 to 64 rows, ranks 16 to 512, several slots, heads of 64 to 256 and groups of 1
 to 8, contexts from nothing to thousands of positions, in NaN where nothing may look. Each launch is
 repeated: what has no atomic adds must come out equal to the bit, the rest within the spread of
-float32 sums. Ends with status 1 if a kernel differs.
+float32 sums; A x, of the x that was written. Ends with status 1 if a kernel differs.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from qlorachat.kernels import decode_attention, decode_step
-from qlorachat.kernels.sums import RowAdapters
-from qlorachat.kernels.tiles import rows_padded, tiled_shape
+from qlorachat.kernels.decode_lora import Shrinking, shrink_reference
+from qlorachat.kernels.tiles import rows_padded, tiled_shape, untile
 
 ROUNDED = 2**-7  # one step of bfloat16's last digit
+SUMMED = 1e-5  # of float32 sums in another order
 NAN, UNTOUCHED = float("nan"), 7.0
 ROWS = (1, 2, 3, 8, 9, 16, 20, 32, 47, 64)
-RANKS = (None, 16, 48, 64, 256)
+RANKS = (None, 16, 48, 64, 192, 512)
+SPLITS = (None, 1, 2, 4, 8)
 EPS, HIDDEN = 1e-5, 100
 
 Case = tuple[str, Callable[..., None], Callable[..., None], tuple[Any, ...]]
@@ -31,21 +33,22 @@ def half(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda").bfloat16()
 
 
-def product(rows: int, parts: tuple[int, ...], rank: int | None) -> tuple[Any, ...]:
-    """Sums, adapters and squares, as a product of `rows` rows leaves them."""
-    outputs, slots, adapters = sum(parts), 4, None
-    if rank is not None:
-        own = torch.randint(0, slots + 1, (rows,), dtype=torch.int32, device="cuda")
-        shrunk = torch.randn(rows, slots, len(parts) * rank, device="cuda")
-        shrunk[own[:, None] != torch.arange(1, slots + 1, device="cuda")] = NAN
-        adapters = RowAdapters(
-            shrunk=shrunk.flatten(1),
-            b=half(slots, outputs, rank) / rank**0.5,
-            slots=own,
-            scales=torch.rand(rows, device="cuda") * 2,
-        )
-    sums = torch.randn(rows, outputs, device="cuda")
-    return sums, adapters, 100 * torch.rand(rows, device="cuda")
+def product(rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and squares, as a product of `rows` rows leaves them."""
+    return torch.randn(rows, outputs, device="cuda"), 100 * torch.rand(rows, device="cuda")
+
+
+def shrinking(rows: int, columns: int, rank: int | None) -> Shrinking | None:
+    """Four slots, the second one nobody's; A of those that no row has is NaN."""
+    if rank is None:
+        return None
+    slots = torch.tensor([0, 1, 3, 4], dtype=torch.int32)[torch.randint(0, 4, (rows,))]
+    slots[0] = 3
+    a = half(4, rank, columns) / columns**0.5
+    for slot in range(1, 5):
+        if slot not in slots:
+            a[slot - 1] = NAN
+    return Shrinking(a, slots.cuda(), torch.randn(rows, 4 * rank, device="cuda"))
 
 
 def tiled(rows: int, columns: int) -> torch.Tensor:
@@ -58,23 +61,30 @@ def step_cases() -> Iterator[Case]:
         for width in (64, 576, 4096):
             h, weight, squares = half(rows, width), half(width), torch.rand(rows, device="cuda")
             ids = torch.randint(0, 50, (rows,), device="cuda")
-            yield (
-                f"begin_residual, {rows} rows of {width}",
-                *(decode_step.begin_residual, decode_step.begin_residual_reference),
-                (ids, half(50, width), weight, tiled(rows, width), h * NAN, squares),
-            )
             for rank in RANKS:
-                sums, adapters, squares = product(rows, (width,), rank)
-                name = f"add_to_residual, {rows} rows of {width}, rank {rank}"
-                kernel = (decode_step.add_to_residual, decode_step.add_to_residual_reference)
-                yield name, *kernel, (sums, adapters, h, weight, tiled(rows, width), squares)
-                yield f"the last {name}", *kernel, (sums, adapters, h, None, None, None)
-                taken = product(rows, (width, width), rank)
+                adapters = shrinking(rows, width, rank)
+                normed = (weight, tiled(rows, width))
+                heading = f"{rows} rows of {width}, rank {rank}"
                 yield (
-                    f"silu_mul_sums, {rows} rows of {width}, rank {rank}",
-                    *(decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference),
-                    (*taken, HIDDEN, EPS, tiled(rows, width)),
+                    f"begin_residual, {heading}",
+                    *(decode_step.begin_residual, decode_step.begin_residual_reference),
+                    (ids, half(50, width), *normed, h * NAN, squares, adapters),
                 )
+                yield (
+                    f"add_to_residual, {heading}",
+                    *(decode_step.add_to_residual, decode_step.add_to_residual_reference),
+                    (product(rows, width)[0], h, *normed, squares, adapters),
+                )
+                yield (
+                    f"silu_mul_sums, {heading}",
+                    *(decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference),
+                    (*product(rows, 2 * width), HIDDEN, EPS, tiled(rows, width), adapters),
+                )
+            yield (
+                f"the last add_to_residual, {rows} rows of {width}",
+                *(decode_step.add_to_residual, decode_step.add_to_residual_reference),
+                (product(rows, width)[0], h, None, None, None, None),
+            )
 
 
 def attention_cases() -> Iterator[Case]:
@@ -90,7 +100,7 @@ def attention_cases() -> Iterator[Case]:
     longest = (0, 1, 2, 16, 17, 129, 1000, 3000)
     for number, rows in enumerate(ROWS * 7):
         heads, kv_heads, dim = shapes[number % len(shapes)]
-        rank, splits = RANKS[number % len(RANKS)], (None, 1, 2, 4, 8)[number % 3]
+        rank, splits = RANKS[number % len(RANKS)], SPLITS[number // len(ROWS) % len(SPLITS)]
         lengths = [longest[(number + i) % (3 + number % 6)] for i in range(rows)]
         width = max(1, -(-max(lengths) // 16))
         blocks = rows * width + 1
@@ -102,7 +112,6 @@ def attention_cases() -> Iterator[Case]:
         for row, length in enumerate(lengths):  # what lies beyond a context is not looked at
             if length % 16:
                 cache[:, tables[row, length // 16], length % 16 :] = NAN
-        parts = (heads * dim, kv_heads * dim, kv_heads * dim)
         angles = torch.rand(4096, dim, device="cuda")
         heading = f"attend_sums, {rows} rows, heads {heads}/{kv_heads}/{dim}"
         yield (
@@ -110,18 +119,18 @@ def attention_cases() -> Iterator[Case]:
             decode_attention.attend_sums,
             decode_attention.attend_sums_reference,
             (
-                *(*product(rows, parts, rank), HIDDEN, EPS),
+                *(*product(rows, (heads + 2 * kv_heads) * dim), HIDDEN, EPS),
                 *(angles.cos().bfloat16(), angles.sin().bfloat16(), places),
                 *(torch.where(context > 0, slots, -1), *cache.unbind(), tables, context),
-                *(dim**-0.5, tiled(rows, heads * dim)),
+                *(dim**-0.5, tiled(rows, heads * dim), shrinking(rows, heads * dim, rank)),
                 *(() if splits is None else (splits,)),
             ),
         )
 
 
 def copy(argument: Any) -> Any:
-    if isinstance(argument, RowAdapters):
-        return RowAdapters(*(tensor.clone() for tensor in argument))
+    if isinstance(argument, Shrinking):
+        return Shrinking(*(tensor.clone() for tensor in argument))
     return argument.clone() if isinstance(argument, torch.Tensor) else argument
 
 
@@ -150,7 +159,22 @@ def check(case: Case) -> str | None:
             first.nan_to_num(), second.nan_to_num()
         ):
             return f"{name}: argument {place} differs from run to run"
+    if any(not shrunk_well(own, arguments) for own in runs[:2]):
+        return f"{name}: A x differs"
     return None
+
+
+def shrunk_well(run: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Whether A x of the x that was written, of three dimensions, was added where it belongs."""
+    for own, old in zip(run, given, strict=True):
+        if isinstance(old, Shrinking):
+            (x,) = (each for each in run if isinstance(each, torch.Tensor) and each.ndim == 3)
+            expected = copy(old)
+            shrink_reference(untile(x, len(old.slots), old.a.shape[2]), expected)
+            ours, theirs = own.shrunk.flatten(), expected.shrunk.flatten()
+            others = (theirs == old.shrunk.flatten()).nonzero()
+            return difference(ours, theirs) <= SUMMED and torch.equal(ours[others], theirs[others])
+    return True
 
 
 def main() -> int:

@@ -20,8 +20,9 @@ from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
 from qlorachat.kernels import nf4
+from qlorachat.kernels.decode_lora import Expanding
 from qlorachat.kernels.nf4_matmul import nf4_matmul
-from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 
 cuda: Any = torch.cuda
@@ -39,6 +40,8 @@ SHAPES = {
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 ROTATED = 420e6  # bytes of weights that a measurement walks through; an H100's L2 holds 50e6
 ROUNDING = 2**-9  # of bfloat16, relative, at most; codes and results are rounded once
+SPLIT = 2**-15  # of an A x in two halves, relative
+SUMMED = 1e-5  # of float32 sums, of the sum of sizes
 EXTREME = 200.0  # times a usual absmax
 
 Quantized = list[tuple[torch.Tensor, QuantState]]
@@ -53,21 +56,6 @@ def quantized(heights: tuple[int, ...], columns: int) -> Quantized:
     return parts
 
 
-def matrix(parts: Quantized, columns: int) -> nf4.Nf4Matrix:
-    states = [state for _, state in parts]
-    return nf4.Nf4Matrix(
-        packed=torch.cat([packed.flatten() for packed, _ in parts]),
-        absmax=torch.cat([state.absmax for state in states]),
-        absmax2=torch.cat([state.state2.absmax for state in states]),
-        code=states[0].code,
-        pairs=nf4.byte_pairs(states[0].code, torch.bfloat16),
-        code2=states[0].state2.code,
-        heights=tuple(state.shape[0] for state in states),
-        offsets=tuple(float(state.offset) for state in states),
-        columns=columns,
-    )
-
-
 def fused_state(parts: Quantized, weight: nf4.Nf4Matrix) -> QuantState:
     """What one bitsandbytes call takes for all parts: absmax in float32."""
     state = parts[0][1]
@@ -78,10 +66,15 @@ def fused_state(parts: Quantized, weight: nf4.Nf4Matrix) -> QuantState:
     )  # fmt: skip
 
 
-def excess(actual: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest error over what one rounding of codes and one of results allow."""
+def excess(
+    actual: torch.Tensor, x: torch.Tensor, exact: torch.Tensor, added: torch.Tensor | float = 0.0
+) -> float:
+    """The largest error over what one rounding of codes and one of results allow.
+
+    added: by adapters, to x exact^T.
+    """
     x = x.double()
-    expected = x @ exact.T
+    expected = x @ exact.T + added
     allowed = ROUNDING * (expected.abs() + x.abs() @ exact.abs().T)
     assert bool(actual.isfinite().all())
     return float(((actual.double() - expected).abs() / allowed).max())
@@ -127,7 +120,7 @@ def copy_bandwidth() -> float:
 def measure(name: str, copy: float) -> list[dict[str, Any]]:
     heights, columns = SHAPES[name]
     own = quantized(heights, columns)
-    weight = matrix(own, columns)
+    weight = nf4.stack(own, torch.bfloat16)
     moved = weight.packed.numel() + weight.absmax.numel() + 4 * weight.absmax2.numel()
     state, exact = fused_state(own, weight), nf4.nf4_dequantize(weight).double()
     written = nf4.nf4_write_out(weight, torch.bfloat16)
@@ -171,16 +164,30 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
     return lines
 
 
-def random_adapters(weight: nf4.Nf4Matrix, rows: int, slots: int) -> Shrinking:
+def random_adapters(weight: nf4.Nf4Matrix, rows: int, slots: int) -> Expanding:
     """Of rank 16; with one slot all rows have it, with more some have none."""
-    ranks = 16 * len(weight.heights)
-    own = torch.arange(rows, dtype=torch.int32, device="cuda") % (slots + 1)
-    return Shrinking(
-        a=(torch.randn(slots, ranks, weight.columns, device="cuda") * 0.02).bfloat16(),
-        b=torch.zeros(slots, weight.rows, 16, device="cuda").bfloat16(),
-        slots=torch.ones_like(own) if slots == 1 else own,
-        shrunk=torch.zeros(rows, slots * ranks, device="cuda"),
-    )
+    own = torch.arange(1, rows + 1, dtype=torch.int32, device="cuda") % (slots + 1)
+    own = torch.ones_like(own) if slots == 1 else own
+    numbers = torch.arange(1, slots + 1, device="cuda")
+    shrunk = torch.randn(rows, slots, 16 * len(weight.heights), device="cuda")
+    shrunk[own[:, None] != numbers] = float("nan")  # not looked at
+    b = torch.randn(slots, weight.rows, 16, device="cuda").bfloat16()
+    b[~torch.isin(numbers, own)] = float("nan")
+    return Expanding(shrunk.flatten(1), b, own, 2 * torch.rand(rows, device="cuda"))
+
+
+def expanded(expanding: Expanding, heights: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale * B (A x) and scale * |B| |A x| in float64."""
+    shrunk, b, slots, scales = expanding
+    every = shrunk.double().view(len(slots), len(b), len(heights), -1)
+    added = torch.zeros(2, len(slots), b.shape[1], dtype=torch.float64, device="cuda")
+    for row, slot in enumerate(slots.tolist()):
+        if slot:
+            own = b[slot - 1].double().split_with_sizes(heights)
+            pairs = zip(own, every[row, slot - 1], strict=True)
+            parts = [torch.stack((part @ x, part.abs() @ x.abs())) for part, x in pairs]
+            added[:, row] = scales[row].double() * torch.cat(parts, 1)
+    return added[0], added[1]
 
 
 def measure_tiled(
@@ -188,24 +195,26 @@ def measure_tiled(
 ) -> dict[str, Any]:
     """Hopper's kernel, alone and with an adapter of rank 16 in its launch."""
     weight, rows, padded = weights[0], len(x), rows_padded(len(x))
-    tiled, sums = tile(x, padded), torch.zeros(rows, weight.rows, device="cuda")
+    tiled, sums = tile(x, padded), torch.zeros(2, rows, weight.rows, device="cuda")
     several = random_adapters(weight, rows, slots=3)
     tiled[:, rows:] = float("nan")  # padding is not looked at
-    nf4_matmul_tiled(tiled, weight, sums, several)
+    for own_sums, adapters in zip(sums, (None, several), strict=True):
+        nf4_matmul_tiled(tiled, weight, own_sums, adapters)
     tiled[:, rows:] = 0
-    error = excess(sums, x, exact)
+    added, sizes = expanded(several, weight.heights)
+    error = max(excess(sums[0], x, exact), excess(sums[1], x, exact, added))
     assert error < 1.0, f"tiled, {rows} rows: {error}"
-    for row, slot in enumerate(several.slots.tolist()):
-        parts = several.shrunk[row].double().view(3, -1)
-        for number in range(3):
-            expected = several.a[number].double() @ x[row].double() * (number + 1 == slot)
-            assert float((parts[number] - expected).norm()) <= 1e-5 * float(expected.norm())
+    # both products round the same codes: what B added is known better
+    allowed = SUMMED * (x.double().abs() @ exact.abs().T) + (SPLIT + SUMMED) * sizes
+    beside = float(((sums[1].double() - sums[0].double() - added).abs() / allowed).max())
+    assert beside < 1.0, f"tiled with adapters, {rows} rows: {beside}"
+    sums = sums[0]
     adapter = random_adapters(weight, rows, slots=1)
     moved = weight.packed.numel() + weight.absmax.numel() + 4 * weight.absmax2.numel()
     line: dict[str, Any] = {"wgmma, error / bound": round(error, 3)}
-    for name, own in {"wgmma": None, "wgmma with A": adapter}.items():
+    for name, own in {"wgmma": None, "wgmma with B": adapter}.items():
 
-        def launch(index: int, own: Shrinking | None = own) -> None:
+        def launch(index: int, own: Expanding | None = own) -> None:
             nf4_matmul_tiled(tiled, weights[index], sums, own)
 
         time = graph_time(launch, len(weights))

@@ -9,9 +9,10 @@ import torch
 
 from qlorachat.errors import ConfigError
 from qlorachat.kernels import nf4, tuned
+from qlorachat.kernels.decode_lora import Expanding
 from qlorachat.kernels.device import count_processors
 from qlorachat.kernels.nf4_matmul import nf4_matmul
-from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 from qlorachat.model.lora import GROUPS
 
@@ -93,13 +94,13 @@ def _random_weights(
     code = spread[::17].contiguous()
     pairs = nf4.byte_pairs(code, torch.bfloat16)
 
-    def random_bytes(size: int) -> torch.Tensor:
-        return torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    def random_bytes(*shape: int) -> torch.Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, device=device)
 
     return [
         nf4.Nf4Matrix(
             packed=random_bytes(elements // 2),
-            absmax=random_bytes(elements // 64),
+            absmax=random_bytes(-(-columns // 256), sum(heights), 4),
             absmax2=torch.rand(groups, device=device),
             code=code,
             pairs=pairs,
@@ -140,11 +141,11 @@ def _tiled(weight: nf4.Nf4Matrix, rows: int) -> Launch:
     ranks, padded = 16 * len(weight.heights), rows_padded(rows)
     x = tile(_random_rows(weight, rows), padded)
     sums = torch.zeros(rows, weight.rows, device=x.device)
-    adapter = Shrinking(
-        a=torch.randn(1, ranks, weight.columns, device=x.device, dtype=x.dtype),
+    adapter = Expanding(
+        shrunk=torch.zeros(rows, ranks, device=x.device),
         b=torch.randn(1, weight.rows, 16, device=x.device, dtype=x.dtype),
         slots=torch.ones(rows, dtype=torch.int32, device=x.device),
-        shrunk=torch.zeros(rows, ranks, device=x.device),
+        scales=torch.ones(rows, device=x.device),
     )
 
     def launch(weight: nf4.Nf4Matrix, blocks: int | None) -> None:

@@ -17,11 +17,11 @@ from tests.kernels.cases import POISON, make_paged
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
+    assert_shrunk,
     assert_untouched,
-    make_case,
+    make_product,
+    make_shrinking,
     make_tiled,
-    normed,
-    put_norm_off,
 )
 from tests.kernels.test_nf4 import needs_nvrtc
 
@@ -93,20 +93,20 @@ def test_it_is_rope_then_attention(
     heads: int, kv_heads: int, head_dim: int, rank: int | None
 ) -> None:
     rows, columns = len(LENGTHS), heads * head_dim
-    case = make_case(rows, (columns, kv_heads * head_dim, kv_heads * head_dim), rank)
-    h, weight = torch.randn(rows, HIDDEN), torch.randn(HIDDEN)
-    step, qkv = put_norm_off(case, h, weight), normed(case, h, weight).expected().float()
+    sums, given, qkv = make_product(rows, columns + 2 * kv_heads * head_dim)
+    shrinking = make_shrinking(torch.float32, rows, columns, rank)
     before = make_context(torch.float32, heads, kv_heads, head_dim)
     ours, theirs = before.copy(), before.copy()
-    out, squares = make_tiled(torch.float32, columns, 16), step.squares.clone()
-    attend_sums(*step, HIDDEN, EPS, *ours, 1 / head_dim, out)
+    out, squares = make_tiled(torch.float32, columns, 16), given.clone()
+    attend_sums(sums, squares, HIDDEN, EPS, *ours, 1 / head_dim, out, shrinking)
     expected = attend_apart(qkv, theirs, 1 / head_dim)
     actual = untile(out, rows, columns)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert not actual[before.context_lengths == 0].any()
     assert_untouched(out, rows, columns)
-    assert not step.sums.any()
-    assert torch.equal(step.squares, squares)
+    assert_shrunk(shrinking, out)
+    assert not sums.any()
+    assert torch.equal(squares, given)
     own = before.written
     for old, new, other in zip(before.caches, ours.caches, theirs.caches, strict=True):
         torch.testing.assert_close(new[own], other[own], rtol=1e-4, atol=1e-4)
@@ -119,8 +119,10 @@ def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
     qkv = (sums * torch.rsqrt(squares[:, None] / 50 + EPS)).to(dtype)
     ours = make_context(dtype, 4, 2, 64)
     theirs, out = ours.copy(), make_tiled(dtype, 4 * 64, 16)
-    attend_sums(sums, None, squares, 50, EPS, *ours, 0.1, out)
+    shrinking = make_shrinking(dtype, len(LENGTHS), 4 * 64, 16)
+    attend_sums(sums, squares, 50, EPS, *ours, 0.1, out, shrinking)
     assert torch.equal(untile(out, len(LENGTHS), 4 * 64), attend_apart(qkv, theirs, 0.1))
+    assert_shrunk(shrinking, out)
     for new, other in zip(ours.caches, theirs.caches, strict=True):
         assert torch.equal(new[ours.written], other[ours.written])
 

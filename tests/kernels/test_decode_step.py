@@ -9,12 +9,11 @@ from qlorachat.kernels.tiles import rows_padded, tile, untile
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
+    assert_shrunk,
     assert_untouched,
-    make_case,
+    make_product,
+    make_shrinking,
     make_tiled,
-    normed,
-    put_norm_off,
-    run_product,
 )
 from tests.kernels.test_nf4 import needs_nvrtc
 
@@ -36,71 +35,79 @@ def test_the_tiled_layout(rows: int, columns: int) -> None:
     for m in range(rows):
         for k in range(columns):
             block, j = divmod(k, 64)
-            t, s, h, e = (0, 2, 1, 3)[j // 16], j % 16 // 4, j % 4 // 2, j % 2
+            t, s, h, e = j // 16, j % 16 // 4, j % 4 // 2, j % 2
             chunk = (2 * s + h) ^ (m & 7)
             expected[block, m, chunk * 8 + 2 * t + e] = x[m, k]
     assert torch.equal(tile(x, padded), expected)
     assert torch.equal(untile(expected, rows, columns), x)
 
 
+@pytest.mark.parametrize("rank", [None, 16, 48])
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_the_first_residual(rows: int, width: int) -> None:
+def test_the_first_residual(rows: int, width: int, rank: int | None) -> None:
     ids, embedding, weight = torch.randint(0, 9, (rows,)), torch.randn(9, width), torch.randn(width)
     x, earlier = make_tiled(torch.float32, width, rows_padded(rows)), torch.rand(rows)
     residual, squares = torch.full((rows, width), float("nan")), earlier.clone()
-    begin_residual(ids, embedding, weight, x, residual, squares)
+    shrinking = make_shrinking(torch.float32, rows, width, rank)
+    begin_residual(ids, embedding, weight, x, residual, squares, shrinking)
     assert torch.equal(residual, embedding[ids])
     assert torch.equal(untile(x, rows, width), residual * weight)
     assert_untouched(x, rows, width)
     torch.testing.assert_close(squares, earlier + (residual**2).sum(1))
+    assert_shrunk(shrinking, x)
 
 
 @pytest.mark.parametrize("rank", [None, 16, 48])
 @pytest.mark.parametrize(("rows", "width"), [(5, 320), (33, 64)])
 def test_the_next_residual(rows: int, width: int, rank: int | None) -> None:
-    case = make_case(rows, (width,), rank)
-    step, h, weight = run_product(case), torch.randn(rows, width), torch.randn(width)
-    expected = h.double() + case.expected()
+    sums, h, weight = torch.randn(rows, width), torch.randn(rows, width), torch.randn(width)
     x, earlier = make_tiled(torch.float32, width, rows_padded(rows)), torch.rand(rows)
-    last, sums, squares = h.clone(), step.sums.clone(), earlier.clone()
-    add_to_residual(sums, step.adapters, last, None, None, None)
-    add_to_residual(step.sums, step.adapters, h, weight, x, squares)
-    torch.testing.assert_close(h.double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(last, h)
+    shrinking = make_shrinking(torch.float32, rows, width, rank)
+    expected, last, last_sums, squares = h + sums, h.clone(), sums.clone(), earlier.clone()
+    add_to_residual(last_sums, last, None, None, None, None)
+    add_to_residual(sums, h, weight, x, squares, shrinking)
+    assert torch.equal(h, expected)
+    assert torch.equal(last, expected)
     assert torch.equal(untile(x, rows, width), h * weight)
     assert_untouched(x, rows, width)
     torch.testing.assert_close(squares, earlier + (h**2).sum(1))
+    assert_shrunk(shrinking, x)
     assert not sums.any()
-    assert not step.sums.any()
+    assert not last_sums.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_is_added_is_rounded_first(dtype: torch.dtype) -> None:
-    sums, h = torch.randn(7, 64), torch.randn(7, 64).to(dtype)
-    expected = h + sums.to(dtype)
-    add_to_residual(sums, None, h, None, None, None)
+    sums, h, weight = torch.randn(7, 64), torch.randn(7, 64).to(dtype), torch.randn(64).to(dtype)
+    expected, x = h + sums.to(dtype), make_tiled(dtype, 64, 8)
+    shrinking = make_shrinking(dtype, 7, 64, 16)
+    add_to_residual(sums, h, weight, x, torch.zeros(7), shrinking)
     assert torch.equal(h, expected)
+    assert torch.equal(untile(x, 7, 64), expected * weight)
+    assert_shrunk(shrinking, x)
 
 
 @pytest.mark.parametrize("rank", [None, 16, 48])
 def test_silu_after_a_norm_put_off(rank: int | None) -> None:
-    case, h, weight = make_case(9, (320, 320), rank), torch.randn(9, HIDDEN), torch.randn(HIDDEN)
-    step, gate_up = put_norm_off(case, h, weight), normed(case, h, weight).expected().float()
-    x, squares = make_tiled(torch.float32, 320, 16), step.squares.clone()
-    silu_mul_sums(*step, HIDDEN, EPS, x)
+    sums, given, gate_up = make_product(9, 640)
+    x, squares = make_tiled(torch.float32, 320, 16), given.clone()
+    shrinking = make_shrinking(torch.float32, 9, 320, rank)
+    silu_mul_sums(sums, squares, HIDDEN, EPS, x, shrinking)
     torch.testing.assert_close(untile(x, 9, 320), silu_mul(gate_up), rtol=1e-4, atol=1e-4)
     assert_untouched(x, 9, 320)
-    assert not step.sums.any()
-    assert torch.equal(step.squares, squares)
+    assert_shrunk(shrinking, x)
+    assert not sums.any()
+    assert torch.equal(squares, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
     sums, squares = torch.randn(7, 128), 100 * torch.rand(7)
     gate_up = sums * torch.rsqrt(squares[:, None] / 50 + EPS)
-    x = make_tiled(dtype, 64, 8)
-    silu_mul_sums(sums, None, squares, 50, EPS, x)
+    x, shrinking = make_tiled(dtype, 64, 8), make_shrinking(dtype, 7, 64, 16)
+    silu_mul_sums(sums, squares, 50, EPS, x, shrinking)
     assert torch.equal(untile(x, 7, 64), silu_mul(gate_up.to(dtype)))
+    assert_shrunk(shrinking, x)
 
 
 @needs_nvrtc
@@ -109,6 +116,6 @@ def test_the_source_compiles(architecture: str) -> None:
     definitions = ["BF16=1", "SHARED_BASE=0"]
     code = cuda_source.compile_source("decode_step.cu", architecture, definitions)
     assert code.startswith(b"\x7fELF")
-    tiled = [name % tiles for name in (b"add_to_residual_%d", b"silu_mul_%d") for tiles in (1, 2)]
-    for kernel in (b"begin_residual", *tiled):
-        assert b"\0" + kernel + b"\0" in code
+    for kernel in (b"begin_residual", b"add_to_residual", b"silu_mul"):
+        for tiles in (b"_1", b"_2"):
+            assert b"\0" + kernel + tiles + b"\0" in code

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from qlorachat.kernels import nf4
+from qlorachat.kernels.decode_lora import Expanding
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize, nf4_write_out
 from qlorachat.kernels.nf4_matmul import nf4_matmul
-from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled
+from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 from tests.kernels.cases import POISON
 from tests.kernels.emulator import Emulator, OnCard
-from tests.kernels.step_cases import UNTOUCHED
+from tests.kernels.step_cases import SUMMED, expanded, make_expanding
 from tests.kernels.test_nf4 import make_matrix
 
 HALVES = [torch.bfloat16, torch.float16]
-SUMMED = 1e-5  # error of float32 sums, of |x| |W|
+SPLIT = 2**-15  # error of an A x in two halves, relative
 EXTREME = 200.0  # times a usual absmax
 
 
@@ -85,29 +86,20 @@ def test_nf4_matmul(
     assert len(card.launched) == 2
 
 
-def make_shrinking(rows: int, ranks: int, columns: int, dtype: torch.dtype) -> Shrinking:
-    """Slots 1 and 3 of 4, or 3 alone for one row; the other slots' A is NaN."""
-    slots = torch.tensor([3, 0, 1, 3, 0, 0, 1])[torch.arange(rows) % 7].int()
-    a = torch.randn(4, ranks, columns).to(dtype)
-    for slot in range(4):
-        if slot + 1 not in slots:
-            a[slot] = POISON
-    b = torch.randn(4, 96, ranks).to(dtype)
-    return Shrinking(a, b, slots, torch.full((rows, 4 * ranks), UNTOUCHED))
-
-
-@pytest.mark.parametrize("ranks", [None, 16, 48])
+@pytest.mark.parametrize("rank", [None, 16, 48, 80])
 @pytest.mark.parametrize(
-    ("rows", "heights", "columns", "blocks", "dtype"),
+    ("rows", "heights", "columns", "blocks"),
     [
-        (1, (96,), 512, 3, torch.bfloat16),
-        (8, (256, 16, 32), 576, 2, torch.bfloat16),
-        (8, (48, 16, 32), 2560, 1, torch.float16),
-        (9, (48, 16, 96), 192, 2, torch.bfloat16),
-        (16, (144,), 2560, 5, torch.bfloat16),
-        (20, (192, 16), 512, 3, torch.bfloat16),
-        (64, (96, 112), 576, 4, torch.bfloat16),
-        (33, (16,), 1024, 3, torch.float16),
+        (1, (96,), 512, 3),
+        (8, (256, 16, 32), 576, 2),
+        (8, (48, 16, 32), 2560, 1),
+        (9, (48, 16, 96), 192, 2),
+        (16, (144,), 2560, 5),
+        (20, (192, 16), 512, 3),
+        (64, (96, 112), 576, 4),
+        (33, (16,), 1024, 3),
+        (64, (144, 32, 32), 320, 3),
+        (5, (208, 16), 320, 11),  # more blocks than there is work
     ],
 )
 def test_nf4_matmul_tiled(
@@ -116,32 +108,22 @@ def test_nf4_matmul_tiled(
     heights: tuple[int, ...],
     columns: int,
     blocks: int,
-    dtype: torch.dtype,
-    ranks: int | None,
+    rank: int | None,
 ) -> None:
+    dtype = torch.bfloat16
     weight, x = make_weight(heights, columns, dtype), torch.randn(rows, columns).to(dtype)
     before = torch.randn(rows, weight.rows)
-    expected, sizes = multiplied(x, weight, dtype)
+    expanding = make_expanding(dtype, rows, heights, rank)
+    product, product_sizes = multiplied(x, weight, dtype)
+    added, added_sizes = expanded(expanding, heights)
+    sizes = 1 + product_sizes + (1 + SPLIT / SUMMED) * added_sizes
     tiled = tile(x, rows_padded(rows))
     tiled[:, rows:] = POISON
     for card.seed in (0, 1, 2, 3):
         sums = before.clone()
-        adapters = make_shrinking(rows, ranks, columns, dtype) if ranks else None
-        nf4_matmul_tiled(tiled.as_subclass(OnCard), weight, sums, adapters, blocks=blocks)
-        assert_near(sums, before + expected, 1 + sizes, 0)
-        if adapters is not None:
-            assert_shrunk(adapters, x)
+        own = expanding and Expanding(*(tensor.clone() for tensor in expanding))
+        nf4_matmul_tiled(tiled.as_subclass(OnCard), weight, sums, own, blocks=blocks)
+        assert_near(sums, before + product + added, sizes, 0)
+        for new, old in zip(own or (), expanding or (), strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
     assert len(card.launched) == 4
-
-
-def assert_shrunk(adapters: Shrinking, x: torch.Tensor) -> None:
-    """A x is added for each row's own slot alone."""
-    a, _, slots, shrunk = adapters
-    for own, row, slot in zip(x, shrunk.view(len(x), 4, -1), slots.tolist(), strict=True):
-        for number, values in enumerate(row, 1):
-            if number != slot:
-                assert bool((values == UNTOUCHED).all())
-                continue
-            expected = UNTOUCHED + a[slot - 1].double() @ own.double()
-            sizes = 1 + a[slot - 1].double().abs() @ own.double().abs()
-            assert_near(values, expected, sizes, 0)

@@ -1,6 +1,6 @@
 """The CUDA kernels of a fused decode step, run on a CPU (`emulator`), against their references."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 
 from qlorachat.kernels.attention import paged_decode_attention_reference
 from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels.decode_lora import Shrinking
 from qlorachat.kernels.decode_step import (
     add_to_residual,
     add_to_residual_reference,
@@ -17,43 +18,34 @@ from qlorachat.kernels.decode_step import (
     silu_mul_sums_reference,
 )
 from qlorachat.kernels.rotary import rope_and_cache_reference
-from qlorachat.kernels.sums import RowAdapters, inverse_rms_reference, take_sums_reference
+from qlorachat.kernels.sums import inverse_rms_reference, take_sums_reference
 from qlorachat.kernels.tiles import rows_padded, write_tiled
 from tests.kernels.cases import POISON
 from tests.kernels.emulator import Emulator, OnCard
-from tests.kernels.step_cases import EPS, HIDDEN, StepCase, make_tiled
+from tests.kernels.step_cases import EPS, HIDDEN, assert_shrunk, make_shrinking, make_tiled
 from tests.kernels.test_decode_attention import make_context
 
 ROUNDED = 2**-7  # one step of bfloat16's last digit
 SEEDS = (0, 3)  # asynchronous work early, then late; and other orders
-SLOTS = 3
 
 
 def half(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16()
 
 
-def make_product(rows: int, parts: tuple[int, ...], rank: int | None) -> StepCase:
-    """What a product leaves; A x is NaN but for each row's own slot, B for slots of no row."""
-    torch.manual_seed(rows + sum(parts))
-    sums, squares = torch.randn(rows, sum(parts)), 100 * torch.rand(rows)
-    if rank is None:
-        return StepCase(sums, None, squares)
-    slots = torch.randint(0, SLOTS, (rows,), dtype=torch.int32)
-    slots[: 2 if rows > 2 else 1] = torch.tensor([2, 0][: 2 if rows > 2 else 1])
-    shrunk = torch.randn(rows, SLOTS, len(parts) * rank)
-    shrunk[slots[:, None] != torch.arange(1, SLOTS + 1)] = POISON
-    b = half(SLOTS, sum(parts), rank) / rank**0.5
-    for slot in range(SLOTS):
-        if slot + 1 not in slots:
-            b[slot] = POISON
-    adapters = RowAdapters(shrunk.flatten(1), b, slots, torch.rand(rows) * 2)
-    return StepCase(sums, adapters, squares)
+def make_sums(rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """And squares."""
+    torch.manual_seed(rows + outputs)
+    return torch.randn(rows, outputs), 100 * torch.rand(rows)
+
+
+def make_half_shrinking(rows: int, columns: int, rank: int | None) -> Shrinking | None:
+    return make_shrinking(torch.bfloat16, rows, columns, rank)
 
 
 def copied(argument: Any, kind: type[torch.Tensor]) -> Any:
-    if isinstance(argument, RowAdapters):
-        return RowAdapters(*(tensor.clone() for tensor in argument))
+    if isinstance(argument, Shrinking):
+        return Shrinking(*(tensor.clone() for tensor in argument))
     if not isinstance(argument, torch.Tensor):
         return argument
     return argument.clone().as_subclass(kind)
@@ -91,69 +83,82 @@ def check(
         runs.append([copied(argument, OnCard) for argument in arguments])
         launcher(*runs[-1], **settings)
     for other, *ours in zip(expected, *runs, strict=True):
-        if isinstance(other, RowAdapters):
-            for own in ours:
-                assert all(map(same, own, other))
-        elif isinstance(other, torch.Tensor):
+        if isinstance(other, torch.Tensor):
             for own in ours:
                 assert_alike(own, other)
                 assert other.dtype == torch.float32 or same(own, ours[0])
+    for run in runs:
+        check_shrunk(run, arguments)
     assert len(card.launched) == len(SEEDS)
 
 
+def check_shrunk(run: Sequence[Any], given: Sequence[Any]) -> None:
+    """A x is that of the x which the kernel wrote, the one argument of three dimensions."""
+    for own, old in zip(run, given, strict=True):
+        if isinstance(old, Shrinking):
+            (x,) = (each for each in run if isinstance(each, torch.Tensor) and each.ndim == 3)
+            assert same(own.a, old.a)
+            assert torch.equal(own.slots, old.slots)
+            assert_shrunk(own, x.as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("rank", [None, 16, 48, 192])
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 320), (9, 576), (64, 192)])
-def test_begin_residual(card: Emulator, rows: int, width: int) -> None:
+def test_begin_residual(card: Emulator, rows: int, width: int, rank: int | None) -> None:
     torch.manual_seed(rows)
     x = make_tiled(torch.bfloat16, width, rows_padded(rows))
     given = (torch.randint(0, 9, (rows,)), half(9, width), half(width), x)
-    residual = half(rows, width) * POISON
-    arguments = (*given, residual, torch.rand(rows))
+    residual, shrinking = half(rows, width) * POISON, make_half_shrinking(rows, width, rank)
+    arguments = (*given, residual, torch.rand(rows), shrinking)
     check(card, begin_residual, begin_residual_reference, *arguments)
 
 
 ROWS_AND_WIDTHS = [(1, 320), (3, 64), (8, 192), (9, 320), (20, 64), (20, 192), (64, 320)]
 
 
-@pytest.mark.parametrize("rank", [None, 16, 48, 64])
+@pytest.mark.parametrize("rank", [None, 16, 48, 192])
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
 def test_add_to_residual(card: Emulator, rows: int, width: int, rank: int | None) -> None:
-    sums, adapters, _ = make_product(rows, (width,), rank)
+    sums, _ = make_sums(rows, width)
     x = make_tiled(torch.bfloat16, width, rows_padded(rows))
-    normed = (half(width), x, torch.rand(rows))
+    normed = (half(width), x, torch.rand(rows), make_half_shrinking(rows, width, rank))
     check(
         *(card, add_to_residual, add_to_residual_reference),
-        *(sums, adapters, half(rows, width), *normed),
+        *(sums, half(rows, width), *normed),
     )
 
 
-@pytest.mark.parametrize("rank", [None, 16])
-def test_the_last_add_to_residual(card: Emulator, rank: int | None) -> None:
-    sums, adapters, _ = make_product(9, (192,), rank)
-    arguments = (sums, adapters, half(9, 192), None, None, None)
+def test_the_last_add_to_residual(card: Emulator) -> None:
+    sums, _ = make_sums(9, 192)
+    arguments = (sums, half(9, 192), None, None, None, None)
     check(card, add_to_residual, add_to_residual_reference, *arguments)
 
 
-@pytest.mark.parametrize("rank", [None, 16, 48, 64])
+@pytest.mark.parametrize("rank", [None, 16, 64, 128])
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
 def test_silu_mul(card: Emulator, rows: int, width: int, rank: int | None) -> None:
-    product = make_product(rows, (width, width), rank)
+    product = make_sums(rows, 2 * width)
     x = make_tiled(torch.bfloat16, width, rows_padded(rows))
-    check(card, silu_mul_sums, silu_mul_sums_reference, *product, HIDDEN, EPS, x)
+    shrinking = make_half_shrinking(rows, width, rank)
+    check(
+        *(card, silu_mul_sums, silu_mul_sums_reference),
+        *(*product, HIDDEN, EPS, x, shrinking),
+    )
 
 
 def attend_in_float32(
     sums: torch.Tensor,
-    adapters: RowAdapters | None,
     squares: torch.Tensor,
     width: int,
     eps: float,
     *rest: Any,
 ) -> None:
-    """`attend_sums_reference` with scores and weights that are not rounded, as the kernel's."""
-    *_, keys, values, tables, lengths, scale, out = rest
-    columns = (0, sums.shape[1] - 2 * keys[0, 0].numel(), sums.shape[1] - keys[0, 0].numel())
-    taken = take_sums_reference(sums, adapters, (*columns, sums.shape[1]))
-    qkv = (taken * inverse_rms_reference(squares, width, eps)).bfloat16()
+    """`attend_sums_reference` with scores and weights that are not rounded, as the kernel's.
+
+    A x is left to `check_shrunk`.
+    """
+    *_, keys, values, tables, lengths, scale, out, _ = rest
+    qkv = (take_sums_reference(sums) * inverse_rms_reference(squares, width, eps)).bfloat16()
     q = rope_and_cache_reference(qkv, *rest[:6])
     caches = (keys.float(), values.float())
     mixed = paged_decode_attention_reference(q.float(), *caches, tables, lengths, scale)
@@ -181,12 +186,12 @@ def test_attention(
     splits: int,
 ) -> None:
     rows, columns = len(lengths), heads * head_dim
-    parts = (columns, kv_heads * head_dim, kv_heads * head_dim)
-    product = make_product(rows, parts, rank)
+    product = make_sums(rows, columns + 2 * kv_heads * head_dim)
     context = make_context(torch.bfloat16, heads, kv_heads, head_dim, lengths)
     out = make_tiled(torch.bfloat16, columns, rows_padded(rows))
+    shrinking = make_half_shrinking(rows, columns, rank)
     check(
         *(card, attend_sums, attend_in_float32),
-        *(*product, HIDDEN, EPS, *context, head_dim**-0.5, out),
+        *(*product, HIDDEN, EPS, *context, head_dim**-0.5, out, shrinking),
         splits=splits,
     )

@@ -16,26 +16,26 @@ TYPES = """
 typedef unsigned char u8;
 extern __shared__ __align__(1024) u8 shared[];
 #define KERNEL(NAME) \\
-  extern "C" __global__ void __launch_bounds__(64) NAME(const int* b, float* out, int n)
+  extern "C" __global__ void __launch_bounds__(64) NAME(const int* lora_slots, float* out, int n)
 #define VALUES reinterpret_cast<float*>(shared)
 #define WAIT asm volatile("griddepcontrol.wait;" ::: "memory")
 """
-# b is what a kernel may read before the wait
+# lora_slots are what a kernel may read before the wait
 KERNELS = """
 KERNEL(mirror) {
   const int i = threadIdx.x;
-  VALUES[i] = b[i];
+  VALUES[i] = lora_slots[i];
   __syncthreads();
   WAIT;
   out[i] = VALUES[n - i];
 }
 KERNEL(races) {
   const int i = threadIdx.x;
-  VALUES[i] = b[i];
+  VALUES[i] = lora_slots[i];
   WAIT;
   out[i] = VALUES[n - i];
 }
-KERNEL(reads_beyond) { WAIT; out[threadIdx.x] = __ldg(b + threadIdx.x + 1); }
+KERNEL(reads_beyond) { WAIT; out[threadIdx.x] = __ldg(lora_slots + threadIdx.x + 1); }
 KERNEL(writes_beyond) { WAIT; out[threadIdx.x + 1] = 0.f; }
 KERNEL(writes_early) { out[threadIdx.x] = 0.f; WAIT; }
 KERNEL(reads_early) { const float early = out[threadIdx.x]; WAIT; out[threadIdx.x] = early; }

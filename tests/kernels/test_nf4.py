@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from qlorachat.kernels import cuda_source, nf4
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul_reference
-from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled
+from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
+from tests.kernels.step_cases import expanded, make_expanding
 
 needs_nvrtc = pytest.mark.skipif(
     not cuda_source.found(), reason="cuda-bindings or NVRTC is not installed"
@@ -28,19 +29,7 @@ def make_matrix(
     for each in values:
         each[1] *= largest
     parts = [quantize_4bit(each, quant_type="nf4", compress_statistics=True) for each in values]
-    first = parts[0][1]
-    matrix = Nf4Matrix(
-        packed=torch.cat([packed.flatten() for packed, _ in parts]),
-        absmax=torch.cat([state.absmax for _, state in parts]),
-        absmax2=torch.cat([state.state2.absmax for _, state in parts]),
-        code=first.code,
-        pairs=nf4.byte_pairs(first.code, torch.bfloat16),
-        code2=first.state2.code,
-        heights=heights,
-        offsets=tuple(float(state.offset) for _, state in parts),
-        columns=columns,
-    )
-    return matrix, parts
+    return nf4.stack(parts, torch.bfloat16), parts
 
 
 @settings(deadline=None, max_examples=25)
@@ -61,22 +50,18 @@ def test_the_weights_are_those_of_bitsandbytes(
     torch.testing.assert_close(product.float(), x.float() @ expected.T, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [None, 16, 48])
 @pytest.mark.parametrize("rows", [1, 8, 11])
-def test_the_tiled_product_adds_real_rows_alone(rows: int) -> None:
+def test_the_tiled_product_adds_real_rows_alone(rows: int, rank: int | None) -> None:
     matrix, _ = make_matrix((48, 16), 192, largest=1.0)
-    x, slots = torch.randn(rows, 192), torch.arange(rows).int() % 3
-    a, b = torch.randn(3, 32, 192), torch.randn(3, 64, 16)
+    x, sums = torch.randn(rows, 192), torch.randn(rows, 64)
+    expanding = make_expanding(torch.float32, rows, matrix.heights, rank)
     tiled = tile(x, rows_padded(rows))
     tiled[:, rows:] = float("nan")
-    sums, shrunk = torch.randn(rows, 64), torch.randn(rows, 3 * 32)
-    expected = sums + x @ nf4_dequantize(matrix).T
-    before, every = shrunk.view(rows, 3, 32).clone(), torch.einsum("mk,srk->msr", x, a)
-    nf4_matmul_tiled(tiled, matrix, sums, Shrinking(a, b, slots, shrunk))
-    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
-    added = shrunk.view(rows, 3, 32) - before
-    own = slots[:, None] == torch.arange(1, 4)
-    torch.testing.assert_close(added[own], every[own], rtol=1e-4, atol=1e-4)
-    assert not added[~own].any()
+    expected = sums + x.double() @ nf4_dequantize(matrix).double().T
+    expected += expanded(expanding, matrix.heights)[0]
+    nf4_matmul_tiled(tiled, matrix, sums, expanding)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_matrix_refuses_what_its_bytes_do_not_fit() -> None:

@@ -23,6 +23,16 @@ __device__ __forceinline__ void wait_for_previous() {
 
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+// Until the phase of an mbarrier, at an address in shared memory, has ended.
+__device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
+  asm volatile(
+      "{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra "
+      "AGAIN; DONE: }" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// What a tensor copy knows of a matrix: made by the driver, `cuda_source.TileMap`.
+struct __align__(64) TensorMap { u8 opaque[128]; };
+
 // d [16, 8] += a [16, 16] b [16, 8]
 __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16

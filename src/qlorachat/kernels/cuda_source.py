@@ -7,7 +7,7 @@ import importlib
 import logging
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,8 @@ log = logging.getLogger(__name__)
 HEADERS = ("common.cuh", "nf4.cuh", "sums.cuh")
 
 # How a Hopper processor splits its 256 kB in a fused step, in % of the most that shared memory may
-# have: enough for every kernel, so that none waits for another split, and no more, for the L1 keeps
-# the absmax bytes of the units to come.
-STEP_SHARED = 85
+# have: one split for every kernel, so that none waits for another.
+STEP_SHARED = 100
 
 
 @functools.cache
@@ -129,15 +128,24 @@ def shared_bytes(device: torch.device) -> int:
 @functools.cache
 def find_shared_base(device: torch.device) -> int:
     """Where dynamic shared memory begins, a constant to the sources; waits for the card."""
-    function = _function(
-        _load("nf4_write_out.cu", torch.bfloat16, 0, device, ()), "find_shared_base", 0
-    )
-    base = torch.zeros(1, dtype=torch.int32, device=device)
+    base = torch.zeros(1, dtype=torch.int32, device=device)  # first: the driver needs a context
+    module = _load("nf4_write_out.cu", torch.bfloat16, 0, device, ())
+    function = _function(module, "find_shared_base", 0)
     launch(function, (1,), 1, 1024, [base], device)
     return int(base)
 
 
-Argument = torch.Tensor | int | float | None
+class TileMap(NamedTuple):
+    """A matrix of bytes for tensor copies: the sources' TensorMap. Only on Hopper.
+
+    Copies take boxes of 64 rows by 128 bytes, which land swizzled by 128 bytes, zeros past the
+    edges. rows: uint8 [rows, bytes], contiguous; bytes is a multiple of 16.
+    """
+
+    rows: torch.Tensor
+
+
+Argument = torch.Tensor | TileMap | int | float | None
 
 
 def launch(
@@ -151,13 +159,15 @@ def launch(
     early: bool = False,
     cluster: int = 1,
 ) -> None:
-    """Launch on torch's current stream: tensors by address, int as int32, float as float32.
+    """Launch on torch's current stream.
+
+    Tensors go by address, int as int32, float as float32, None as a null pointer.
 
     early: it waits by itself for the kernel before it (programmatic dependent launch); only where
     `device.starts_early`. cluster: neighbours along the grid's first axis; only there too.
     """
     driver: Any = importlib.import_module("cuda.bindings.driver")
-    values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in arguments)
+    values = tuple(_value(argument) for argument in arguments)
     types = tuple(_type(argument) for argument in arguments)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *grid, *(1,) * (3 - len(grid))
@@ -184,7 +194,34 @@ def _attribute(name: str) -> Any:
     return getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
 
 
+def _value(argument: Argument) -> Any:
+    if isinstance(argument, TileMap):
+        return _encode(argument.rows.data_ptr(), *argument.rows.shape)
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument or 0
+
+
+@functools.lru_cache(4096)
+def _encode(address: int, rows: int, row_bytes: int) -> Any:
+    driver: Any = importlib.import_module("cuda.bindings.driver")
+    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    return _done(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            *(2, address),
+            *([wide(row_bytes), wide(rows)], [wide(row_bytes)]),
+            *([narrow(128), narrow(64)], [narrow(1), narrow(1)]),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
 def _type(argument: Argument) -> Any:
+    """None: the bindings take the value's own bytes."""
+    if isinstance(argument, TileMap):
+        return None
     if isinstance(argument, int):
         return ctypes.c_int
     return ctypes.c_float if isinstance(argument, float) else ctypes.c_void_p

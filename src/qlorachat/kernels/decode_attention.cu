@@ -60,17 +60,30 @@ __device__ __forceinline__ float sum_of_position(float value) {
   return value;
 }
 
-// Blocks of a cluster write to each other's shared memory, once all of them are there.
-__device__ __forceinline__ void say_started() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
-__device__ __forceinline__ void wait_started() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void exchange_done() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Blocks of a cluster write to each other's shared memory, once all of them are there. A block's
+// mbarrier counts what came: a barrier of the cluster would wait for global memory too.
+__device__ __forceinline__ void say_started(u64* barrier, int bytes) {
+  if (threadIdx.x == 0) {
+    const u32 at = static_cast<u32>(__cvta_generic_to_shared(barrier));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 }
-__device__ __forceinline__ void send(float* at, int rank, float value) {
-  u32 own = static_cast<u32>(__cvta_generic_to_shared(at)), theirs;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(own), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(theirs), "f"(value) : "memory");
+__device__ __forceinline__ void wait_started() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_received(u64* barrier) {
+  wait_barrier(static_cast<u32>(__cvta_generic_to_shared(barrier)), 0);
+}
+__device__ __forceinline__ u32 find_theirs(const void* own, int rank) {
+  u32 theirs;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(static_cast<u32>(__cvta_generic_to_shared(own))), "r"(rank));
+  return theirs;
+}
+__device__ __forceinline__ void send(float* at, int rank, float value, u64* barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(find_theirs(at, rank)),
+               "f"(value), "r"(find_theirs(barrier, rank)) : "memory");
 }
 
 struct Scratch {
@@ -79,18 +92,12 @@ struct Scratch {
   __align__(16) u16 fresh[2][HEAD_DIM];  // key and value of the new position
   float peaks[WARPS][GROUP], totals[WARPS][GROUP];
   float sent[WIDTH], sent_peaks[MOST_SPLITS][GROUP], sent_totals[MOST_SPLITS][GROUP];  // from a cluster's blocks
+  u64 received;                     // mbarrier of what is sent
 };
 
 // 16 bytes into shared memory, zeros where they are not wanted.
 __device__ __forceinline__ void copy_piece(u32 to, const u16* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
-}
-
-// Eight ranks of one column times eight of A x.
-__device__ __forceinline__ float multiply_eight(uint4 b, const float* shrunk) {
-  const float4 low = reinterpret_cast<const float4*>(shrunk)[0], high = reinterpret_cast<const float4*>(shrunk)[1];
-  return low_half(b.x) * low.x + high_half(b.x) * low.y + low_half(b.y) * low.z + high_half(b.y) * low.w +
-         (low_half(b.z) * high.x + high_half(b.z) * high.y + low_half(b.w) * high.z + high_half(b.w) * high.w);
 }
 
 struct Cache {
@@ -100,21 +107,20 @@ struct Cache {
   int table_stride, block_shift;  // a block holds STEP positions or more, so that none is in two
 };
 
-__device__ __forceinline__ void attend(float* sums, const Adapters& adapters, const float* squares, const Cache& cache,
-                                       const u16* cos, const u16* sin, u16* out, float share, float eps, float scale,
-                                       int padded) {
+__device__ __forceinline__ void attend(float* sums, const float* squares, const Cache& cache, const u16* cos,
+                                       const u16* sin, u16* out, const Adapters& adapters, float share, float eps,
+                                       float scale, int padded) {
   constexpr int COLUMNS = WIDTH + 2 * HEAD_DIM, ITEMS = (COLUMNS + THREADS - 1) / THREADS;
   const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   __shared__ Scratch scratch;
   u8* ring = shared + warp * STAGES * STAGE_BYTES;
-  float* shrunk = reinterpret_cast<float*>(shared + WARPS * STAGES * STAGE_BYTES);  // [3, ranks]
   let_next_start();
-  if (splits > 1) say_started();
+  if (splits > 1) say_started(&scratch.received, WIDTH * 4 + splits * GROUP * 8);
 
   // Positions start to stop are this block's, all from earlier steps; the owner has the new one too.
   const int length = __ldg(cache.lengths + row), slot = __ldg(cache.slots + row);
-  const int position = __ldg(cache.positions + row), adapter = adapters.b ? __ldg(adapters.slots + row) : 0;
+  const int position = __ldg(cache.positions + row), adapter = adapters.a ? __ldg(adapters.slots + row) : 0;
   const int shift = cache.block_shift, blocks = (length + (1 << shift) - 1) >> shift;
   const int span = (blocks + splits - 1) / splits << shift, start = split * span;
   const int stop = min(start + span, length - 1);
@@ -139,34 +145,32 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; stage++) fetch(base + stage * WARPS * STEP, stage);
 
-  // q|k|v of this row and key head: W x plus LoRA, times 1 / rms
+  // q|k|v of this row and key head: sums times 1 / rms
   const int wanted = owner ? COLUMNS : WIDTH;
   auto find = [&](int column) {  // among all columns of q|k|v
     if (column < WIDTH) return kv_head * WIDTH + column;
     const int part = (column - WIDTH) / HEAD_DIM;
     return (kv_heads * GROUP + part * kv_heads + kv_head) * HEAD_DIM + (column - WIDTH) % HEAD_DIM;
   };
-  // Nothing writes B within a step. The first 16 ranks are held where registers allow, the others
-  // are on their way to the L2.
-  constexpr bool HELD = ITEMS <= 3;
-  uint4 words[HELD ? ITEMS : 1][2];
-  auto find_b = [&](int column) {
-    return adapters.b + (static_cast<u64>(adapter - 1) * adapters.outputs + find(column)) * adapters.ranks;
+  // Columns that this block leaves, and the adapter's A of them: on its way to the L2.
+  const int part = WIDTH / splits, first = kv_head * WIDTH + split * part;
+  const u16* a = adapters.a + static_cast<u64>(max(adapter - 1, 0)) * adapters.ranks * (kv_heads * WIDTH) + first;
+  auto find_a = [&](int rank, int column) {
+    return reinterpret_cast<const u32*>(a + static_cast<u64>(rank) * (kv_heads * WIDTH) + column);
   };
   if (adapter)
+    for (int rank = tid; rank < adapters.ranks; rank += THREADS)
+      for (int column = 0; column < part; column += 64) prefetch(find_a(rank, column));
+  u16 cosines[ITEMS], sines[ITEMS];
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-      const int column = tid + i * THREADS;
-      if (column >= wanted) break;
-      const u16* b = find_b(column);
-      if (HELD) {
-        words[HELD ? i : 0][0] = __ldg(reinterpret_cast<const uint4*>(b));
-        words[HELD ? i : 0][1] = __ldg(reinterpret_cast<const uint4*>(b) + 1);
-      }
-      for (int r = HELD ? 16 : 0; r < adapters.ranks; r += 64) prefetch(b + r);
-    }
+  for (int i = 0; i < ITEMS; i++) {
+    const int column = tid + i * THREADS;
+    if (column >= min(wanted, WIDTH + HEAD_DIM)) break;
+    cosines[i] = __ldg(cos + position * HEAD_DIM + column % HEAD_DIM);
+    sines[i] = __ldg(sin + position * HEAD_DIM + column % HEAD_DIM);
+  }
   wait_for_previous();
-  float* own = sums + static_cast<u64>(row) * adapters.outputs;
+  float* own = sums + static_cast<u64>(row) * kv_heads * (WIDTH + 2 * HEAD_DIM);
   float taken[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
@@ -174,28 +178,6 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
     if (column < wanted) taken[i] = __ldcg(own + find(column));
   }
   const float factor = inverse_rms(squares, row, share, eps);
-  if (adapter) {  // scale * A x of this row
-    const int ranks = 3 * adapters.ranks;
-    const float* from = adapters.shrunk + (static_cast<u64>(row) * adapters.count + adapter - 1) * ranks;
-    for (int i = tid; i < ranks; i += THREADS) shrunk[i] = __ldg(adapters.scales + row) * __ldcg(from + i);
-    __syncthreads();
-    auto part_of = [&](int column) {
-      return shrunk + (column < WIDTH ? 0 : 1 + (column - WIDTH) / HEAD_DIM) * adapters.ranks;
-    };
-    for (int r = 0; r < adapters.ranks; r += 16)
-#pragma unroll
-      for (int i = 0; i < ITEMS; i++) {
-        const int column = tid + i * THREADS;
-        if (column >= wanted) break;
-        uint4 low = words[HELD ? i : 0][0], high = words[HELD ? i : 0][1];
-        if (!HELD || r) {
-          const uint4* b = reinterpret_cast<const uint4*>(find_b(column) + r);
-          low = __ldg(b);
-          high = __ldg(b + 1);
-        }
-        taken[i] += multiply_eight(low, part_of(column) + r) + multiply_eight(high, part_of(column) + r + 8);
-      }
-  }
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;
@@ -213,8 +195,7 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
     if (column < WIDTH + HEAD_DIM) {  // products are rounded, as in the step that is not fused
       const bool lower = inner < HEAD_DIM / 2;
       const float other = scratch.qkv[lower ? column + HEAD_DIM / 2 : column - HEAD_DIM / 2];
-      const float c = low_half(__ldg(cos + position * HEAD_DIM + inner));
-      const float s = low_half(__ldg(sin + position * HEAD_DIM + inner));
+      const float c = low_half(cosines[i]), s = low_half(sines[i]);
       value = rounded(rounded(value * c) + (lower ? -rounded(other * s) : rounded(other * s)));
     }
     if (column < WIDTH) {
@@ -276,6 +257,29 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
       }
     }
   }
+  // A's first values come while sums are put together: by 16 ranks and 16 columns, a pair a lane.
+  constexpr int HELD = 8;
+  struct Piece {
+    int rank = 0, column = 0;  // its first ones: the same in all lanes
+    __device__ __forceinline__ void next(int part) {
+      column += 16;
+      if (column < part) return;
+      column = 0;
+      rank += 16;
+    }
+  };
+  const int own_rank = tid >> 3, own_column = (tid & 7) * 2;  // in a piece
+  auto load_pair = [&](const Piece& piece) {
+    const bool inside = adapter && piece.rank < adapters.ranks && piece.column + own_column < part;
+    return inside ? __ldg(find_a(piece.rank + own_rank, piece.column + own_column)) : 0;
+  };
+  u32 held[HELD];
+  Piece loading;
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    held[i] = load_pair(loading);
+    loading.next(part);
+  }
   // A warp's sums take the place of what it read.
   auto mixed_of = [&](int warp) { return reinterpret_cast<float*>(shared + warp * STAGES * STAGE_BYTES); };
   static_assert(WIDTH * 4 <= STAGES * STAGE_BYTES, "no room for a warp's sums");
@@ -293,13 +297,13 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
     }
   }
   __syncthreads();
+  float* left = scratch.queries;  // what this block leaves, rounded
   auto store = [&](int column, float mixed, float total) {
-    const float mean = total > 0.f ? mixed / total : 0.f;
-    const u32 half = round_pair(mean, 0.f);
-    out[tiled_at(row, kv_head * WIDTH + column, padded)] = static_cast<u16>(half);
+    const float mean = rounded(total > 0.f ? mixed / total : 0.f);
+    left[column] = mean;
+    out[tiled_at(row, first + column, padded)] = static_cast<u16>(__float_as_uint(mean) >> 16);
   };
   if (splits > 1) wait_started();
-  const int part = WIDTH / splits;  // columns that a block of a cluster puts together
   for (int column = tid; column < WIDTH; column += THREADS) {
     const int g = column / HEAD_DIM;
     float peak = NOTHING, total = 0.f, mixed = 0.f;
@@ -315,33 +319,62 @@ __device__ __forceinline__ void attend(float* sums, const Adapters& adapters, co
       store(column, mixed, total);
       continue;
     }
-    send(&scratch.sent[split * part + column % part], column / part, mixed);
+    send(&scratch.sent[split * part + column % part], column / part, mixed, &scratch.received);
     if (const int rank = column % HEAD_DIM; rank < splits) {
-      send(&scratch.sent_peaks[split][g], rank, peak);
-      send(&scratch.sent_totals[split][g], rank, total);
+      send(&scratch.sent_peaks[split][g], rank, peak, &scratch.received);
+      send(&scratch.sent_totals[split][g], rank, total, &scratch.received);
     }
   }
-  if (splits == 1) return;
-  exchange_done();
-  for (int column = tid; column < part; column += THREADS) {
-    const int g = (split * part + column) / HEAD_DIM;
-    float peak = NOTHING, total = 0.f, mixed = 0.f;
-    for (int s = 0; s < splits; s++) peak = fmaxf(peak, scratch.sent_peaks[s][g]);
-    for (int s = 0; s < splits; s++) {
-      const float fading = exp2f(scratch.sent_peaks[s][g] - peak);
-      total += scratch.sent_totals[s][g] * fading;
-      mixed += scratch.sent[s * part + column] * fading;
+  if (splits > 1) {
+    wait_received(&scratch.received);
+    for (int column = tid; column < part; column += THREADS) {
+      const int g = (split * part + column) / HEAD_DIM;
+      float peak = NOTHING, total = 0.f, mixed = 0.f;
+      for (int s = 0; s < splits; s++) peak = fmaxf(peak, scratch.sent_peaks[s][g]);
+      for (int s = 0; s < splits; s++) {
+        const float fading = exp2f(scratch.sent_peaks[s][g] - peak);
+        total += scratch.sent_totals[s][g] * fading;
+        mixed += scratch.sent[s * part + column] * fading;
+      }
+      store(column, mixed, total);
+      own[first + column] = 0.f;
     }
-    store(split * part + column, mixed, total);
-    own[kv_head * WIDTH + split * part + column] = 0.f;
+  }
+  if (!adapter) return;
+  __syncthreads();
+  float* shrunk = adapters.shrunk + (static_cast<u64>(row) * adapters.count + adapter - 1) * adapters.ranks;
+  float sum = 0.f;
+  Piece adding;
+  auto add_pair = [&](u32 pair) {  // eight lanes have a rank
+    if (adding.rank >= adapters.ranks) return;
+    const int rank = adding.rank, column = adding.column + own_column;
+    if (column < part) sum += low_half(pair) * left[column] + high_half(pair) * left[column + 1];
+    adding.next(part);
+    if (adding.rank == rank) return;
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if ((tid & 7) == 0) atomicAdd(shrunk + rank + own_rank, sum);
+    sum = 0.f;
+  };
+#pragma unroll
+  for (int i = 0; i < HELD; i++) add_pair(held[i]);
+  while (adding.rank < adapters.ranks) {
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      pairs[i] = load_pair(loading);
+      loading.next(part);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) add_pair(pairs[i]);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
-    float* sums, const float* shrunk, const u16* b, const int* slots, const float* scales, const float* squares,
-    u16* keys, u16* values, const int* tables, const int* lengths, const int* cache_slots, const int* positions,
-    const u16* cos, const u16* sin, u16* out, int count, int ranks, int outputs, int table_stride,
-    int block_shift, float share, float eps, float scale, int padded) {
-  attend(sums, {shrunk, b, slots, scales, count, ranks, outputs}, squares,
-         {keys, values, tables, lengths, cache_slots, positions, table_stride, block_shift}, cos, sin, out, share, eps, scale, padded);
+    float* sums, const float* squares, u16* keys, u16* values, const int* tables, const int* lengths,
+    const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out, const u16* lora_a,
+    const int* lora_slots, float* shrunk, int count, int ranks, int table_stride, int block_shift, float share, float eps,
+    float scale, int padded) {
+  attend(sums, squares, {keys, values, tables, lengths, cache_slots, positions, table_stride, block_shift}, cos, sin, out,
+         {lora_a, lora_slots, shrunk, count, ranks}, share, eps, scale, padded);
 }

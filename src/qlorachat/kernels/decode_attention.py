@@ -6,12 +6,10 @@ import torch
 
 from qlorachat.kernels import cuda_source
 from qlorachat.kernels.attention import paged_decode_attention_reference
+from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
 from qlorachat.kernels.device import count_processors
 from qlorachat.kernels.rotary import rope_and_cache_reference
 from qlorachat.kernels.sums import (
-    RowAdapters,
-    adapter_shape,
-    adapter_tensors,
     check_squares,
     check_sums,
     inverse_rms_reference,
@@ -44,7 +42,6 @@ def definitions(heads: int, kv_heads: int, head_dim: int) -> tuple[str, ...]:
 
 def attend_sums(
     sums: torch.Tensor,
-    adapters: RowAdapters | None,
     squares: torch.Tensor,
     width: int,
     eps: float,
@@ -58,14 +55,16 @@ def attend_sums(
     context_lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    shrinking: Shrinking | None,
     splits: int | None = None,
 ) -> None:
-    """`rope_and_cache`, then `paged_decode_attention`, of q|k|v = (W x plus LoRA) / rms.
+    """`rope_and_cache`, then `paged_decode_attention`, of q|k|v = sums / rms; and A x of that.
 
     sums: float32 [M, (H + 2G) * D], cleared; rounded once. squares: float32 [M], sums over `width`
     columns. out: tiled [blocks, P, 64], of [M, H * D]; its padding stays as it is. The rest as in
     those two, all in out's dtype, bfloat16 on a card; a row's new position is the last of its
-    context. splits: a power of two up to 8, how many blocks share one context; None: chosen.
+    context. shrinking: the adapters of the product that follows. splits: a power of two up to 8,
+    how many blocks share one context; None: chosen.
     """
     rows, columns = sums.shape
     kv_heads, head_dim = key_cache.shape[2:]
@@ -79,12 +78,14 @@ def attend_sums(
     assert out.is_contiguous()
     _check_context(cos, sin, positions, slots, key_cache, value_cache)
     _check_reach(block_tables, context_lengths, rows)
-    check_sums(sums, adapters, 3, out.dtype)
+    check_sums(sums)
     check_squares(squares, rows)
+    if shrinking is not None:
+        shrinking.check(rows, heads * head_dim, out.dtype)
     if not out.is_cuda:
         attend_sums_reference(
-            *(sums, adapters, squares, width, eps, cos, sin, positions, slots),
-            *(key_cache, value_cache, block_tables, context_lengths, scale, out),
+            *(sums, squares, width, eps, cos, sin, positions, slots),
+            *(key_cache, value_cache, block_tables, context_lengths, scale, out, shrinking),
         )
         return
     assert out.dtype == torch.bfloat16
@@ -99,17 +100,17 @@ def attend_sums(
         shared_percent=cuda_source.STEP_SHARED,
     )
     arguments = (
-        *(sums, *adapter_tensors(adapters), squares, key_cache, value_cache),
-        *(block_tables, context_lengths, slots, positions, cos, sin, out),
-        *(*adapter_shape(adapters, columns), block_tables.stride(0)),
-        *(block_size.bit_length() - 1, 1 / width, eps, scale * _LOG2_E, out.shape[1]),
+        *(sums, squares, key_cache, value_cache, block_tables, context_lengths),
+        *(slots, positions, cos, sin, out, *shrinking_arguments(shrinking)),
+        *(block_tables.stride(0), block_size.bit_length() - 1, 1 / width, eps),
+        *(scale * _LOG2_E, out.shape[1]),
     )
     ring = _STAGES * (_THREADS // 32) * 2 * _STEP * head_dim * 2  # bytes of keys and values
     cuda_source.launch(
         function,
         (splits, kv_heads, rows),
         _THREADS,
-        ring + (0 if adapters is None else 12 * adapters.b.shape[2]),  # and A x of one row
+        ring,
         arguments,
         out.device,
         early=True,
@@ -119,7 +120,6 @@ def attend_sums(
 
 def attend_sums_reference(
     sums: torch.Tensor,
-    adapters: RowAdapters | None,
     squares: torch.Tensor,
     width: int,
     eps: float,
@@ -133,17 +133,16 @@ def attend_sums_reference(
     context_lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    shrinking: Shrinking | None,
 ) -> None:
     """`attend_sums` in plain torch."""
-    values = key_cache.shape[2] * key_cache.shape[3]
-    outputs = sums.shape[1]
-    columns = (0, outputs - 2 * values, outputs - values, outputs)
-    taken = take_sums_reference(sums, adapters, columns)
-    qkv = (taken * inverse_rms_reference(squares, width, eps)).to(out.dtype)
+    factors = inverse_rms_reference(squares, width, eps)
+    qkv = (take_sums_reference(sums) * factors).to(out.dtype)
     caches = (key_cache, value_cache)
     q = rope_and_cache_reference(qkv, cos, sin, positions, slots, *caches)
     mixed = paged_decode_attention_reference(q, *caches, block_tables, context_lengths, scale)
     write_tiled(mixed.flatten(1), out)
+    shrink_reference(mixed.flatten(1), shrinking)
 
 
 def _check_context(

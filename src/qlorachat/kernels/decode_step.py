@@ -14,10 +14,8 @@ import torch
 from qlorachat.kernels import cuda_source
 from qlorachat.kernels.activation import silu_mul_reference
 from qlorachat.kernels.cuda_source import Argument
+from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
 from qlorachat.kernels.sums import (
-    RowAdapters,
-    adapter_shape,
-    adapter_tensors,
     check_squares,
     check_sums,
     inverse_rms_reference,
@@ -27,6 +25,7 @@ from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
 SOURCE = "decode_step.cu"
 _THREADS, _ROWS = 128, 8  # of a block
+_COLUMNS = 64  # of a block's warps, 16 each
 
 
 def begin_residual(
@@ -36,11 +35,13 @@ def begin_residual(
     x: torch.Tensor,
     residual: torch.Tensor,
     squares: torch.Tensor,
+    shrinking: Shrinking | None,
 ) -> None:
     """residual = embedding[ids], x = residual * weight tiled, squares += sum(residual^2).
 
     ids: int64 [M]. embedding: [V, width]; weight: [width]; residual: [M, width]; x: tiled
     [blocks, P, 64]; contiguous and of one dtype, bfloat16 on a card. squares: float32 [M].
+    shrinking: the adapters of the product that follows, with A x of this x.
     """
     rows, width = residual.shape
     assert ids.shape == (rows,)
@@ -48,78 +49,81 @@ def begin_residual(
     assert embedding.shape == (len(embedding), width)
     assert embedding.dtype == residual.dtype
     assert all(tensor.is_contiguous() for tensor in (ids, embedding, residual))
-    _check_normed(weight, x, residual, squares)
+    _check_normed(weight, x, residual, squares, shrinking)
     if not residual.is_cuda:
-        begin_residual_reference(ids, embedding, weight, x, residual, squares)
+        begin_residual_reference(ids, embedding, weight, x, residual, squares, shrinking)
         return
-    arguments = (ids, embedding, weight, x, residual, squares, rows, width, x.shape[1])
-    _launch("begin_residual", (width, 2 * _THREADS), (rows, 1), arguments, residual)
+    arguments = (
+        *(ids, embedding, weight, x, residual, squares),
+        *(*shrinking_arguments(shrinking), rows, width, x.shape[1]),
+    )
+    _launch("begin_residual", width, rows, arguments, residual)
 
 
 def add_to_residual(
     sums: torch.Tensor,
-    adapters: RowAdapters | None,
     residual: torch.Tensor,
     weight: torch.Tensor | None,
     x: torch.Tensor | None,
     squares: torch.Tensor | None,
+    shrinking: Shrinking | None,
 ) -> None:
-    """residual += W x plus LoRA, in place; then x and squares as `begin_residual` leaves them.
+    """residual += sums, in place; then x, squares and A x as `begin_residual` leaves them.
 
     sums: float32 [M, width], cleared. residual: [M, width], contiguous; what is added is rounded to
-    its dtype before the addition. weight, x, squares: as in `begin_residual`, or all None.
+    its dtype before the addition. The rest as in `begin_residual`, or all None.
     """
     rows, width = residual.shape
     assert sums.shape == residual.shape
     assert residual.is_contiguous()
-    check_sums(sums, adapters, 1, residual.dtype)
+    check_sums(sums)
     if weight is None or x is None or squares is None:
         assert weight is x is squares is None
+        assert shrinking is None
     else:
-        _check_normed(weight, x, residual, squares)
+        _check_normed(weight, x, residual, squares, shrinking)
     if not residual.is_cuda:
-        add_to_residual_reference(sums, adapters, residual, weight, x, squares)
+        add_to_residual_reference(sums, residual, weight, x, squares, shrinking)
         return
     arguments = (
-        *(sums, *adapter_tensors(adapters), residual, weight, x, squares),
-        *(*adapter_shape(adapters, width), rows, 0 if x is None else x.shape[1]),
+        *(sums, residual, weight, x, squares, *shrinking_arguments(shrinking)),
+        *(rows, width, 0 if x is None else x.shape[1]),
     )
-    tiles = _tiles(rows)
-    assert width % (16 * tiles) == 0
-    shape = ((width, 64 * tiles), (rows, _ROWS))
-    _launch(f"add_to_residual_{tiles}", *shape, arguments, residual)
+    assert width % 64 == 0
+    _launch("add_to_residual", width, rows, arguments, residual)
 
 
 def silu_mul_sums(
     sums: torch.Tensor,
-    adapters: RowAdapters | None,
     squares: torch.Tensor,
     hidden: int,
     eps: float,
     x: torch.Tensor,
+    shrinking: Shrinking | None,
 ) -> None:
-    """`silu_mul` of gate|up = (W x plus LoRA) / rms, rounded once, tiled.
+    """`silu_mul` of gate|up = sums / rms, rounded once, tiled; and A x of it.
 
     sums: float32 [M, 2 * width], cleared; width is a multiple of 64. squares: float32 [M], sums
-    over `hidden` columns. x: tiled [blocks, P, 64], contiguous; bfloat16 on a card.
+    over `hidden` columns. x: tiled [blocks, P, 64], contiguous; bfloat16 on a card. shrinking: the
+    adapters of the product that follows.
     """
     rows, outputs = sums.shape
     assert outputs % 2 == 0
     assert x.shape == tiled_shape(outputs // 2, x.shape[1])
     assert rows <= x.shape[1]
     assert x.is_contiguous()
-    check_sums(sums, adapters, 2, x.dtype)
+    check_sums(sums)
     check_squares(squares, rows)
+    if shrinking is not None:
+        shrinking.check(rows, outputs // 2, x.dtype)
     if not x.is_cuda:
-        silu_mul_sums_reference(sums, adapters, squares, hidden, eps, x)
+        silu_mul_sums_reference(sums, squares, hidden, eps, x, shrinking)
         return
     arguments = (
-        *(sums, *adapter_tensors(adapters), squares, x),
-        *(*adapter_shape(adapters, outputs), 1 / hidden, eps, rows, x.shape[1]),
+        *(sums, squares, x, *shrinking_arguments(shrinking)),
+        *(outputs // 2, 1 / hidden, eps, rows, x.shape[1]),
     )
-    tiles = _tiles(rows)
-    shape = ((outputs // 2, 64 * tiles), (rows, _ROWS))
-    _launch(f"silu_mul_{tiles}", *shape, arguments, x)
+    _launch("silu_mul", outputs // 2, rows, arguments, x)
 
 
 def begin_residual_reference(
@@ -129,50 +133,60 @@ def begin_residual_reference(
     x: torch.Tensor,
     residual: torch.Tensor,
     squares: torch.Tensor,
+    shrinking: Shrinking | None,
 ) -> None:
     """`begin_residual` in plain torch."""
     residual.copy_(embedding[ids])
-    _put_off_norm(residual, weight, x, squares)
+    _put_off_norm(residual, weight, x, squares, shrinking)
 
 
 def add_to_residual_reference(
     sums: torch.Tensor,
-    adapters: RowAdapters | None,
     residual: torch.Tensor,
     weight: torch.Tensor | None,
     x: torch.Tensor | None,
     squares: torch.Tensor | None,
+    shrinking: Shrinking | None,
 ) -> None:
     """`add_to_residual` in plain torch."""
-    residual += take_sums_reference(sums, adapters, (0, sums.shape[1])).to(residual.dtype)
+    residual += take_sums_reference(sums).to(residual.dtype)
     if weight is not None and x is not None and squares is not None:
-        _put_off_norm(residual, weight, x, squares)
+        _put_off_norm(residual, weight, x, squares, shrinking)
 
 
 def silu_mul_sums_reference(
     sums: torch.Tensor,
-    adapters: RowAdapters | None,
     squares: torch.Tensor,
     hidden: int,
     eps: float,
     x: torch.Tensor,
+    shrinking: Shrinking | None,
 ) -> None:
     """`silu_mul_sums` in plain torch."""
-    outputs = sums.shape[1]
-    taken = take_sums_reference(sums, adapters, (0, outputs // 2, outputs))
-    gate_up = (taken * inverse_rms_reference(squares, hidden, eps)).to(x.dtype)
-    write_tiled(silu_mul_reference(gate_up), x)
+    factors = inverse_rms_reference(squares, hidden, eps)
+    active = silu_mul_reference((take_sums_reference(sums) * factors).to(x.dtype))
+    write_tiled(active, x)
+    shrink_reference(active, shrinking)
 
 
 def _put_off_norm(
-    residual: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, squares: torch.Tensor
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    squares: torch.Tensor,
+    shrinking: Shrinking | None,
 ) -> None:
     write_tiled(residual * weight, x)
+    shrink_reference(residual * weight, shrinking)
     squares += residual.float().square().sum(1)
 
 
 def _check_normed(
-    weight: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, squares: torch.Tensor
+    weight: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    squares: torch.Tensor,
+    shrinking: Shrinking | None,
 ) -> None:
     rows, width = residual.shape
     padded = x.shape[1]
@@ -182,24 +196,18 @@ def _check_normed(
     assert weight.dtype == x.dtype == residual.dtype
     assert all(tensor.is_contiguous() for tensor in (weight, x))
     check_squares(squares, rows)
-
-
-def _tiles(rows: int) -> int:
-    """Of 16 columns, one warp's: few where blocks are few."""
-    return 1 if rows <= 16 else 2
+    if shrinking is not None:
+        shrinking.check(rows, width, x.dtype)
 
 
 def _launch(
-    kernel: str,
-    columns: tuple[int, int],
-    rows: tuple[int, int],
-    arguments: Sequence[Argument],
-    like: torch.Tensor,
+    kernel: str, columns: int, rows: int, arguments: Sequence[Argument], like: torch.Tensor
 ) -> None:
-    """Columns and rows: how many there are, and how many of them a block takes."""
     assert like.dtype == torch.bfloat16
+    tiles = 1 if rows <= 16 else 2  # few where blocks are few
+    name = f"{kernel}_{tiles}"
     function = cuda_source.load_kernel(
-        SOURCE, like.dtype, kernel, like.device, shared_percent=cuda_source.STEP_SHARED
+        SOURCE, like.dtype, name, like.device, shared_percent=cuda_source.STEP_SHARED
     )
-    grid = [-(-count // own) for count, own in (columns, rows)]
+    grid = (-(-columns // (_COLUMNS * tiles)), -(-rows // _ROWS))
     cuda_source.launch(function, grid, _THREADS, 0, arguments, like.device, early=True)

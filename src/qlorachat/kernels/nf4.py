@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from bitsandbytes.functional import QuantState
+from torch.nn import functional
 
 from qlorachat.kernels import cuda_source
 from qlorachat.kernels.device import is_hopper
@@ -18,7 +20,9 @@ class Nf4Matrix:
     """A weight [N, K] of up to three parts stacked along N, each quantized by itself.
 
     packed: uint8 [N * K / 2], two weights a byte, the first in the high nibble. absmax: uint8
-    [N * K / 64]. absmax2: float32, one for each 256 absmax bytes of a part, part after part.
+    [ceil(K / 256), N, 4], one a block of 64, the blocks past K zero: what 256 weights of each of
+    some neighbouring rows need lies together. absmax2: float32, one for each 256 absmax bytes of
+    a part counted along its rows, part after part.
     Weight = code[nibble] * (code2[absmax] * absmax2 + offset), with code float32 [16], code2
     float32 [256]. pairs: `byte_pairs` of the code in the dtype of x. heights: rows of each part,
     multiples of 16; offsets: one a part.
@@ -40,7 +44,8 @@ class Nf4Matrix:
         assert all(height % 16 == 0 for height in self.heights)
         assert len(self.heights) == len(self.offsets) <= 3
         assert self.packed.numel() == self.rows * self.columns // 2
-        assert self.absmax.numel() == self.rows * blocks
+        assert self.absmax.shape == (-(-blocks // 4), self.rows, 4)
+        assert self.absmax.is_contiguous()
         assert self.absmax2.numel() == sum(self.groups)
         assert self.packed.dtype == self.absmax.dtype == torch.uint8
         assert self.pairs.shape == (256, 2)
@@ -53,6 +58,30 @@ class Nf4Matrix:
     def groups(self) -> list[int]:
         """How many absmax2 each part has."""
         return [-(-height * (self.columns // 64) // 256) for height in self.heights]
+
+
+def stack(parts: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype) -> Nf4Matrix:
+    """Weights that bitsandbytes quantized, one below the other, for x of `dtype`.
+
+    parts: packed bytes and state of each: NF4 in blocks of 64, double quantization in blocks of
+    256, and the same K.
+    """
+    states = [state for _, state in parts]
+    first, columns = states[0], states[0].shape[1]
+    rows, blocks = sum(state.shape[0] for state in states), columns // 64
+    absmax = torch.cat([state.absmax for state in states]).view(rows, blocks)
+    whole = functional.pad(absmax, (0, -blocks % 4)).view(rows, -1, 4)
+    return Nf4Matrix(
+        packed=torch.cat([packed.flatten() for packed, _ in parts]),
+        absmax=whole.transpose(0, 1).contiguous(),
+        absmax2=torch.cat([state.state2.absmax for state in states]),
+        code=first.code,
+        pairs=byte_pairs(first.code, dtype),
+        code2=first.state2.code,
+        heights=tuple(state.shape[0] for state in states),
+        offsets=tuple(float(state.offset) for state in states),
+        columns=columns,
+    )
 
 
 @functools.cache
@@ -99,9 +128,11 @@ def nf4_dequantize(weight: Nf4Matrix) -> torch.Tensor:
 
 def absmax(weight: Nf4Matrix) -> torch.Tensor:
     """Each block's absmax, float32 [N * K / 64], as bitsandbytes decodes it."""
-    sizes = [height * weight.columns // 64 for height in weight.heights]
+    blocks = weight.columns // 64
+    along_rows = weight.absmax.transpose(0, 1).flatten(1)[:, :blocks].flatten()
+    sizes = [height * blocks for height in weight.heights]
     parts = zip(
-        weight.absmax.split(sizes), weight.absmax2.split(weight.groups), weight.offsets, strict=True
+        along_rows.split(sizes), weight.absmax2.split(weight.groups), weight.offsets, strict=True
     )
     scales = [
         weight.code2[codes.int()] * absmax2.repeat_interleave(256)[: len(codes)] + offset

@@ -7,6 +7,77 @@
 
 #include "nf4.cuh"
 
+// What a lane loads of 16 rows and CHUNK blocks: rows g and g + 8.
+// ALIGNED: K is a multiple of CHUNK blocks, so that a chunk lies in one group of 256 absmax bytes.
+template <int CHUNK, bool ALIGNED> struct Tile {
+  uint4 words[CHUNK];                         // by pairs of blocks: row g, row g + 8
+  u32 scales[2];                              // absmax bytes, one a block
+  float groups[2][ALIGNED ? 1 : CHUNK];       // and their absmax2
+  float offset;
+};
+
+// Loads that leave what is there unless `wanted`, without a branch: after one, the compiler would move
+// what was loaded to other registers, and wait for it there.
+__device__ __forceinline__ void load_if(bool wanted, uint4& into, const u8* at) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+               : "+r"(into.x), "+r"(into.y), "+r"(into.z), "+r"(into.w) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+__device__ __forceinline__ void load_if(bool wanted, u32& into, const u32* at) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1]; }"
+               : "+r"(into) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+__device__ __forceinline__ void load_if(bool wanted, u32& into, const u16* at) {
+  asm volatile("{ .reg .pred p; .reg .b16 h; setp.ne.u32 p, %2, 0; mov.b16 h, 0; @p ld.global.nc.u16 h, [%1]; @p cvt.u32.u16 %0, h; }"
+               : "+r"(into) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+__device__ __forceinline__ void load_if(bool wanted, float& into, const float* at) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.f32 %0, [%1]; }"
+               : "+f"(into) : "l"(at), "r"(static_cast<u32>(wanted)));
+}
+
+template <int CHUNK, bool ALIGNED>
+__device__ __forceinline__ void load(Tile<CHUNK, ALIGNED>& tile, const Matrix& m, int group, int block, int lane,
+                                     bool wanted) {
+  const int blocks = m.columns >> 6;
+  const Part part = find_part(m, group * 16);  // parts are whole groups
+  tile.offset = part.offset;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = group * 16 + (lane >> 2) + half * 8;
+    const u8* at = m.packed + static_cast<u64>(row) * (m.columns >> 1) + (lane & 3) * 16 + block * 32;
+#pragma unroll
+    for (int pair = 0; pair < CHUNK / 2; pair++) {
+      const bool inside = ALIGNED || block + 2 * pair + ((lane & 3) >> 1) < blocks;
+      if (!ALIGNED && wanted && !inside) tile.words[2 * pair + half] = make_uint4(0, 0, 0, 0);
+      load_if(wanted && inside, tile.words[2 * pair + half], at + 64 * pair);
+    }
+    const u8* scale = find_absmax(m, row, block >> 2) + (block & 3);
+    if (CHUNK == 4) load_if(wanted, tile.scales[half], reinterpret_cast<const u32*>(scale));
+    else load_if(wanted, tile.scales[half], reinterpret_cast<const u16*>(scale));
+    const int index = (row - part.start) * blocks + block;
+#pragma unroll
+    for (int j = 0; j < (ALIGNED ? 1 : CHUNK); j++) {
+      const bool inside = ALIGNED || block + j < blocks;
+      if (!ALIGNED && wanted && !inside) tile.groups[half][j] = 0.f;
+      load_if(wanted && inside, tile.groups[half][j], m.absmax2 + (part.group + ((index + j) >> 8)));
+    }
+  }
+}
+
+// A 16-byte load gave lane t half of block t / 2 of a pair: two words go to lane t ^ 2, so that every
+// lane has 8 bytes of each block. Lane t then has weights 16 t' to 16 t' + 15, t' = 0, 2, 1, 3.
+// into: of blocks `first` and `first` + 1, two words of row g and two of row g + 8. The tile is not
+// written to: what is loaded into it next then needs no other registers.
+template <int CHUNK, bool ALIGNED>
+__device__ __forceinline__ void exchange(const Tile<CHUNK, ALIGNED>& tile, uint4 (&into)[2], int first, int t) {
+  const bool upper = t & 2;
+  const uint4 low = tile.words[first], high = tile.words[first + 1];  // rows g and g + 8
+  const u32 a = __shfl_xor_sync(~0u, upper ? low.x : low.z, 2), b = __shfl_xor_sync(~0u, upper ? low.y : low.w, 2);
+  const u32 c = __shfl_xor_sync(~0u, upper ? high.x : high.z, 2), d = __shfl_xor_sync(~0u, upper ? high.y : high.w, 2);
+  into[0] = upper ? make_uint4(a, b, c, d) : make_uint4(low.x, low.y, high.x, high.y);
+  into[1] = upper ? make_uint4(low.z, low.w, high.z, high.w) : make_uint4(a, b, c, d);
+}
+
 // COLUMNS: rows of x in tiles of 8. CHUNK: blocks of 64 that a warp takes at a time. WARPS share K.
 // DEPTH: tiles on their way to a warp.
 template <int COLUMNS, int CHUNK, int WARPS, int DEPTH, bool ALIGNED>
@@ -25,7 +96,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const u32* table, co
   Tile<CHUNK, ALIGNED> tiles[DEPTH];
   int load_group = 0, load_chunk = warp, loaded = 0;
   auto load_next = [&](Tile<CHUNK, ALIGNED>& tile) {
-    load(tile, m, find(m, first_group + load_group, lane), load_chunk * CHUNK, lane, loaded < steps);
+    load(tile, m, first_group + load_group, load_chunk * CHUNK, lane, loaded < steps);
     loaded++;
     if (++load_group == groups) { load_group = 0; load_chunk += WARPS; }
   };

@@ -1,15 +1,17 @@
-// sums += W x for few rows of x, and the adapters' A x in the same launch, on Hopper (wgmma).
+// sums += W x for few rows of x, and the adapters' B (A x) in the same launch, on Hopper (wgmma).
 //
 // Decoded weights are operand A of wgmma, from registers: a warp has 16 rows. x is operand B, from
-// shared memory: it comes tiled, 256 k at a time, by bulk copies into a ring that no barrier of the
-// block guards. Blocks share the work as one long list of units, GROUPS * 64 rows by 256 k each, in
-// equal runs (stream-K); where a run leaves a row block, its float32 sums are added in global memory.
-// The last blocks of the grid multiply x by the 16-bit rows of the adapters' A instead.
+// shared memory, tiled. One warp brings both, by tensor and bulk copies into two rings that no barrier
+// of the block guards; three more add the adapters' share. All in bfloat16.
+// Blocks share the work as one long list of units, GROUPS * 64 rows by 256 k each, in equal runs
+// (stream-K); where a run leaves a row block, its float32 sums are added in global memory.
 
 #include "nf4.cuh"
+#include "sums.cuh"
 
-constexpr int STAGES = 4;   // of the ring
 constexpr int CHUNK = 4;    // blocks of 64 k in a unit
+constexpr int W_STAGES = 3; // of the weights' ring
+constexpr int HELPERS = 3;  // warps for the adapters
 
 // Tiled x: [K / 64, P, 64] in units of 4 blocks, the last one padded with zeros. In a block, weight j
 // is at 16 s + 8 h + 2 t + e, where lane t of a quad decodes it for step s, register half h; 16-byte
@@ -17,11 +19,6 @@ constexpr int CHUNK = 4;    // blocks of 64 k in a unit
 
 template <int P> __device__ __forceinline__ void multiply_tile(float (&d)[P / 2], const u32* a, u64 x, int add);
 
-#if BF16
-#define TYPES "bf16.bf16"
-#else
-#define TYPES "f16.f16"
-#endif
 #define F(i) "+f"(d[i])
 #define F4(i) F(i), F(i + 1), F(i + 2), F(i + 3)
 #define F8(i) F4(i), F4(i + 4)
@@ -30,7 +27,7 @@ template <int P> __device__ __forceinline__ void multiply_tile(float (&d)[P / 2]
   template <>                                                                                          \
   __device__ __forceinline__ void multiply_tile<P>(float (&d)[P / 2], const u32* a, u64 x, int add) {  \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #P   \
-                 "k16.f32." TYPES " {" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #X          \
+                 "k16.f32.bf16.bf16 {" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #X          \
                  ", p, 1, 1, 0; }"                                                                     \
                  : __VA_ARGS__                                                                         \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(add));                      \
@@ -50,12 +47,6 @@ template <int COUNT> __device__ __forceinline__ void hold(float (&values)[COUNT]
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-__device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
-  asm volatile(
-      "{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra "
-      "AGAIN; DONE: }" ::"r"(barrier), "r"(parity) : "memory");
-}
-
 __device__ __forceinline__ void add_pair(float* at, float a, float b) {
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b) : "memory");
 }
@@ -72,167 +63,331 @@ struct Walk {
   }
 };
 
-template <int P> struct Ring {
-  static constexpr int BYTES = CHUNK * P * 128;
-  u32 stages, full, empty;  // addresses in shared memory
-  __device__ Ring(u32 start) : stages(start), full(start + STAGES * BYTES), empty(full + STAGES * 8) {}
+// Stages that one thread has filled and warps take; steps count from 0.
+template <int STAGES> struct Ring {
+  u32 full, empty;  // mbarriers of the stages
+  __device__ Ring(u32 at) : full(at), empty(at + STAGES * 8) {}
   __device__ void begin(int warps) const {  // by one thread
     for (int s = 0; s < STAGES; s++) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + s * 8) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + s * 8), "r"(warps) : "memory");
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-  __device__ void fetch(int step, const u8* from) const {  // by one thread
+  // Waits until the stage is free; the barrier that copies of `bytes` in all report to. By one thread.
+  __device__ u32 announce(int step, int bytes) const {
     const u32 s = step % STAGES;
     if (step >= STAGES) wait_barrier(empty + s * 8, (step / STAGES - 1) & 1);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + s * 8), "r"(BYTES) : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            stages + s * BYTES), "l"(from), "r"(BYTES), "r"(full + s * 8) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + s * 8), "r"(bytes) : "memory");
+    return full + s * 8;
   }
-  // The stage as wgmma's descriptor, rows of 128 bytes swizzled. A shuffle tells the compiler that all
-  // lanes have the same one: else each product moves its own to uniform registers.
-  __device__ u64 wait(int step) const {
-    const u32 s = __shfl_sync(~0u, step % STAGES, 0);
-    wait_barrier(full + s * 8, (step / STAGES) & 1);
-    return (u64(1) << 62) | (u64(64) << 32) | (u64(1) << 16) | (((stages + s * BYTES) & 0x3FFFF) >> 4);
-  }
+  __device__ void wait(int step) const { wait_barrier(full + step % STAGES * 8, (step / STAGES) & 1); }
   __device__ void release(int step) const {  // by one lane of each warp
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + (step % STAGES) * 8) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + step % STAGES * 8) : "memory");
   }
 };
 
-struct Adapters {
-  const u16* a;      // [slots, ranks, K], ranks of all parts
-  const u8* b;       // [slots, b_bytes], for whoever reads the sums: it is sent to the L2
-  const int* slots;  // of each row of x, from 1; 0 for none
-  float* shrunk;     // [M, slots * ranks], added to
-  int count, ranks, splits, b_bytes;
+__device__ __forceinline__ void copy_bytes(u32 to, const u8* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// A box of 64 rows by 128 bytes, swizzled; zeros past the edges.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int byte, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(byte), "r"(row), "r"(barrier) : "memory");
+}
+
+// A block's dynamic shared memory; addresses and sizes in bytes.
+template <int P, int GROUPS> struct Layout {
+  static constexpr int WARPS = GROUPS * 4, HEIGHT = GROUPS * 64;  // of the product
+  static constexpr int X_STAGES = P == 64 ? 2 : 3, X_BYTES = CHUNK * P * 128;
+  static constexpr int W_BYTES = HEIGHT * 128, SCALE_BYTES = HEIGHT * CHUNK;
+  static constexpr u32 X = SHARED_BASE + TABLE, W = X + X_STAGES * X_BYTES, SCALES = W + W_STAGES * W_BYTES;
+  static constexpr u32 BARRIERS = SCALES + W_STAGES * SCALE_BYTES;
 };
 
-// One of `shares` of what the reader of the sums will want of B, into the L2.
-__device__ __forceinline__ void send_for_b(const Adapters& adapters, int slot, int share, int shares) {
-  const u8* b = adapters.b + static_cast<u64>(slot - 1) * adapters.b_bytes;
-  const int lines = adapters.b_bytes / 128;
-  for (int line = lines * share / shares + threadIdx.x; line < lines * (share + 1) / shares; line += blockDim.x)
-    prefetch(b + line * 128);
-}
+struct RowAdapters {
+  const float* shrunk;  // A x, [M, count, parts, ranks]
+  const u16* b;         // [count, N, ranks]; null: no row has an adapter
+  const int* slots;     // of each row, from 1; 0 for none
+  const float* scales;  // of each row
+  int count, ranks;
+};
 
-// 16 rows of A and a share of K: every warp its own blocks of 64, sums meet in shared memory. Only
-// rows that have the slot are looked at, by eights, and added to; nothing is done where there are none.
-template <int P, int WARPS>
-__device__ __forceinline__ void shrink(const Adapters& adapters, const u8* x, int x_rows, int columns, int index) {
-  constexpr int WORDS = (P + 31) / 32, STRIDE = 20;  // of 32 rows; of 16 ranks: no two lanes share a bank
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = lane >> 2, t = lane & 3;
-  const int group = index / adapters.splits, split = index % adapters.splits, blocks = columns >> 6;
-  const int slot = group * 16 / adapters.ranks + 1, stop = blocks * (split + 1) / adapters.splits;
-  u64 x_used = 0;  // a bit each
-#pragma unroll
-  for (int i = 0; i < WORDS; i++) {
-    const int row = lane + 32 * i;
-    const bool used = row < x_rows && __ldg(adapters.slots + row) == slot;
-    x_used |= static_cast<u64>(__ballot_sync(~0u, used)) << (32 * i);
+// sums += scale * B (A x), by warp `share` of `shares`: an equal run of all pairs of 16 rows of x and 16
+// of the weight. B is operand A of mma; A x is operand B, split in two bfloat16 so that no digit of note
+// is lost. A slot is taken once for all rows that have it.
+template <int P> struct Expansion {
+  static constexpr int SET = P < 16 ? P : 16, TILES = SET / 8, STEPS = 4;  // rows; of 8 rows; of 16 ranks held at a time
+  const RowAdapters& adapters;
+  const Matrix& m;
+  const int lane, quad, t, parts;
+  int slot;                     // of row `lane` of the set
+  float scale;
+  u32 all;                      // rows that have an adapter, a bit each
+  u32 shrunk[STEPS][TILES][4];  // of each row's own slot, ranks 4 t to 4 t + 3: two pairs of high parts, two of low ones
+  uint2 low[STEPS], high[STEPS];  // B of the weight's rows `quad` and 8 further
+  float added[TILES][4];
+
+  __device__ __forceinline__ Expansion(const RowAdapters& adapters, const Matrix& m)
+      : adapters(adapters), m(m), lane(threadIdx.x & 31), quad(lane >> 2), t(lane & 3),
+        parts(1 + (m.start1 < m.rows) + (m.start2 < m.rows)) {}
+
+  __device__ __forceinline__ const u16* find_b(int slot, int row) const {
+    return adapters.b + (static_cast<u64>(slot - 1) * m.rows + row) * adapters.ranks;
   }
-  if (!x_used) return;
-  const u16* rows = adapters.a + static_cast<u64>(group * 16 + quad) * columns + 16 * ((t & 1) * 2 + (t >> 1));
-  auto load = [&](uint4 (&a)[4], int block) {
-    if (block >= stop) return;
-    const uint4* low = reinterpret_cast<const uint4*>(rows + block * 64);
-    const uint4* high = reinterpret_cast<const uint4*>(rows + 8 * columns + block * 64);
-    a[0] = __ldg(low); a[1] = __ldg(low + 1); a[2] = __ldg(high); a[3] = __ldg(high + 1);
-  };
-  float sums[P / 8][4] = {};
-  uint4 next[4];
-  int block = blocks * split / adapters.splits + warp;
-  load(next, block);
-  send_for_b(adapters, slot, group % (adapters.ranks / 16) * adapters.splits + split, adapters.ranks / 16 * adapters.splits);
-  wait_for_previous();
-  for (; block < stop; block += WARPS) {
-    const uint4 a[4] = {next[0], next[1], next[2], next[3]};
-    load(next, block + WARPS);
-#pragma unroll
-    for (int c = 0; c < P / 8; c++) {
-      if (!(x_used >> (8 * c) & 255)) continue;
-      const u32* row = reinterpret_cast<const u32*>(x) + (block * P + c * 8 + quad) * 32 + t;
-      u32 b[8];
-#pragma unroll
-      for (int piece = 0; piece < 8; piece++) b[piece] = row[(piece ^ quad) * 4];
-      multiply(sums[c], a[0].x, a[2].x, a[0].y, a[2].y, b[0], b[1]);
-      multiply(sums[c], a[0].z, a[2].z, a[0].w, a[2].w, b[2], b[3]);
-      multiply(sums[c], a[1].x, a[3].x, a[1].y, a[3].y, b[4], b[5]);
-      multiply(sums[c], a[1].z, a[3].z, a[1].w, a[3].w, b[6], b[7]);
+  __device__ __forceinline__ int part_of(int group) const { return (group * 16 >= m.start1) + (group * 16 >= m.start2); }
+
+  __device__ __forceinline__ void look_at(int set, int x_rows) {
+    const int row = set * SET + lane;
+    const bool inside = lane < SET && row < x_rows;
+    slot = inside ? __ldg(adapters.slots + row) : 0;
+    scale = inside ? __ldg(adapters.scales + row) : 0.f;
+    all = __ballot_sync(~0u, slot > 0);
+  }
+  // No kernel of the step writes B: it comes to the L2 before the wait.
+  __device__ __forceinline__ void send_for_b(int begin, int end) const {
+    for (u32 remaining = all; remaining;) {
+      const int own = __shfl_sync(~0u, slot, __ffs(remaining) - 1);
+      remaining &= ~__ballot_sync(~0u, slot == own);
+      for (int at = lane * 64; at < (end - begin) * 16 * adapters.ranks; at += 32 * 64) prefetch(find_b(own, begin * 16) + at);
     }
   }
-  float* partial = reinterpret_cast<float*>(shared);  // [warp][row of x][STRIDE]
+  __device__ __forceinline__ void hold_shrunk(int set, int part, int first) {
 #pragma unroll
-  for (int c = 0; c < P / 8; c++) {
-    float* at = partial + (warp * P + c * 8 + 2 * t) * STRIDE + quad;
-    at[0] = sums[c][0]; at[STRIDE] = sums[c][1]; at[8] = sums[c][2]; at[STRIDE + 8] = sums[c][3];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < x_rows * 8; i += WARPS * 32) {
-    const int row = i >> 3, rank = 2 * (i & 7);
-    if (!(x_used >> row & 1)) continue;
-    float2 sum = make_float2(0.f, 0.f);
-    for (int w = 0; w < WARPS; w++) {
-      const float2 value = *reinterpret_cast<const float2*>(partial + (w * P + row) * STRIDE + rank);
-      sum.x += value.x; sum.y += value.y;
+    for (int c = 0; c < TILES; c++) {
+      const int own = __shfl_sync(~0u, slot, 8 * c + quad);
+      const float factor = __shfl_sync(~0u, scale, 8 * c + quad);
+      const u64 row = static_cast<u64>(set * SET + 8 * c + quad) * adapters.count + max(own - 1, 0);
+      const float4* from = reinterpret_cast<const float4*>(adapters.shrunk + (row * parts + part) * adapters.ranks + first);
+#pragma unroll
+      for (int s = 0; s < STEPS; s++) {
+        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (own && first + 16 * s < adapters.ranks) x = __ldcg(from + 4 * s + t);
+        u32* pairs = shrunk[s][c];
+        pairs[0] = round_pair(factor * x.x, factor * x.y);
+        pairs[1] = round_pair(factor * x.z, factor * x.w);
+        pairs[2] = round_pair(factor * x.x - low_half(pairs[0]), factor * x.y - high_half(pairs[0]));
+        pairs[3] = round_pair(factor * x.z - low_half(pairs[1]), factor * x.w - high_half(pairs[1]));
+      }
     }
-    add_pair(adapters.shrunk + row * adapters.count * adapters.ranks + group * 16 + rank, sum.x, sum.y);
   }
+  __device__ __forceinline__ void load(int i, int own, int group, int rank) {
+    const bool inside = own && rank < adapters.ranks;
+    const u16* at = find_b(own ? own : 1, group * 16 + quad) + (inside ? rank : 0) + 4 * t;
+    low[i] = inside ? __ldg(reinterpret_cast<const uint2*>(at)) : make_uint2(0, 0);
+    high[i] = inside ? __ldg(reinterpret_cast<const uint2*>(at + 8 * adapters.ranks)) : make_uint2(0, 0);
+  }
+  __device__ __forceinline__ void add(int i, int s, u32 rows) {
+#pragma unroll
+    for (int c = 0; c < TILES; c++) {
+      if (!(rows >> (8 * c) & 255)) continue;
+      const u32 own = rows >> (8 * c + quad) & 1 ? ~0u : 0;
+      const u32(&pairs)[4] = shrunk[s][c];
+      multiply(added[c], low[i].x, high[i].x, low[i].y, high[i].y, pairs[0] & own, pairs[1] & own);
+      multiply(added[c], low[i].x, high[i].x, low[i].y, high[i].y, pairs[2] & own, pairs[3] & own);
+    }
+  }
+  // B of four pieces is loaded before any is used: four slots, where one step has all ranks, else steps.
+  __device__ __forceinline__ void multiply_group(int group, int first) {
+#pragma unroll
+    for (int c = 0; c < TILES; c++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) added[c][i] = 0.f;
+    for (u32 remaining = all; remaining;) {
+      if (adapters.ranks == 16) {
+        u32 rows[STEPS];
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+          const int own = remaining ? __shfl_sync(~0u, slot, __ffs(remaining) - 1) : 0;
+          rows[i] = own ? __ballot_sync(~0u, slot == own) : 0;
+          remaining &= ~rows[i];
+          load(i, own, group, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) add(i, 0, rows[i]);
+      } else {
+        const int own = __shfl_sync(~0u, slot, __ffs(remaining) - 1);
+        const u32 rows = __ballot_sync(~0u, slot == own);
+        remaining &= ~rows;
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) load(i, own, group, first + 16 * i);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) add(i, i, rows);
+      }
+    }
+  }
+  // A lane has two rows of x for one of the weight; with its neighbour it makes that one for two.
+  __device__ __forceinline__ void leave(float* sums, int set, int group) const {
+    const bool odd = lane & 4;
+    const int x_row = 2 * t + (odd ? 1 : 0);
+    float* to = sums + static_cast<u64>(set * SET + x_row) * m.rows + group * 16 + (quad & 6);
+#pragma unroll
+    for (int c = 0; c < TILES; c++, to += 8 * m.rows)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float even_row = added[c][2 * i], odd_row = added[c][2 * i + 1];
+        const float got = __shfl_xor_sync(~0u, odd ? even_row : odd_row, 4);
+        if (all >> (8 * c + x_row) & 1) add_pair(to + 8 * i, odd ? got : even_row, odd ? odd_row : got);
+      }
+  }
+  __device__ __forceinline__ void operator()(float* sums, int x_rows, int share, int shares) {
+    const int groups = m.rows >> 4, sets = (x_rows + SET - 1) / SET;
+    const int begin = groups * sets * share / shares, end = groups * sets * (share + 1) / shares;
+    bool waited = false;
+    for (int at = begin; at < end;) {
+      const int set = at / groups, first_group = at - set * groups, last_group = min(groups, end - set * groups);
+      at += last_group - first_group;
+      look_at(set, x_rows);
+      send_for_b(first_group, last_group);
+      if (!waited) wait_for_previous();
+      waited = true;
+      if (!all) continue;
+      for (int first = 0; first < adapters.ranks; first += 16 * STEPS)
+        for (int group = first_group, known = -1; group < last_group; group++) {
+          if (part_of(group) != known) hold_shrunk(set, known = part_of(group), first);
+          multiply_group(group, first);
+          leave(sums, set, group);
+        }
+    }
+  }
+};
+
+// Weights and x of a block's steps, by one thread. Weights are there for any kernel: only x waits.
+template <int P, int GROUPS> struct Producer {
+  using L = Layout<P, GROUPS>;
+  const TensorMap* packed;
+  const Matrix& m;
+  const u8* x;
+  const Ring<W_STAGES>& weights;
+  const Ring<L::X_STAGES>& rows;
+  const int items, steps;
+  Walk walk;
+  int x_item;
+
+  __device__ __forceinline__ void fetch_weights(int step) {
+    if (step >= steps) return;
+    const int row = walk.row_block * L::HEIGHT, stage = step % W_STAGES, scales = min(L::HEIGHT, m.rows - row) * CHUNK;
+    const u32 barrier = weights.announce(step, L::W_BYTES + scales);
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+      copy_box(L::W + stage * L::W_BYTES + g * 8192, packed, walk.item * 128, row + g * 64, barrier);
+    copy_bytes(L::SCALES + stage * L::SCALE_BYTES, find_absmax(m, row, walk.item), scales, barrier);
+    walk.next(items);
+  }
+  __device__ __forceinline__ void fetch_x(int step) {
+    const u32 barrier = rows.announce(step, L::X_BYTES);
+    copy_bytes(L::X + step % L::X_STAGES * L::X_BYTES, x + x_item * L::X_BYTES, L::X_BYTES, barrier);
+    if (++x_item == items) x_item = 0;
+  }
+};
+
+// What a warp knows of absmax2 for a unit: of a lane's rows, 8 apart.
+// ALIGNED: K is a multiple of 256, so that a unit's row lies in one group of 256 absmax bytes.
+template <bool ALIGNED> struct Scales {
+  float groups[2][ALIGNED ? 1 : CHUNK], offset;
+  __device__ __forceinline__ void load(const Matrix& m, const Part& part, int row, int item) {
+    const int blocks = m.columns >> 6;
+    offset = part.offset;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32 index = (row + half * 8 - part.start) * blocks + item * CHUNK;
+#pragma unroll
+      for (int j = 0; j < (ALIGNED ? 1 : CHUNK); j++)
+        groups[half][j] = ALIGNED || item * CHUNK + j < blocks ? __ldg(m.absmax2 + (part.group + ((index + j) >> 8))) : 0.f;
+    }
+  }
+};
+
+// A warpgroup gives registers of its threads away, or takes such; 0: neither.
+template <bool TAKES, int COUNT> __device__ __forceinline__ void move_registers() {
+  if constexpr (COUNT != 0 && TAKES) { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+  if constexpr (COUNT != 0 && !TAKES) { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 }
 
-template <int P, int GROUPS, bool ALIGNED>
-__device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adapters, const u32* pairs,
-                                           const float* code2, const u8* x, float* sums, int x_rows,
-                                           int product_blocks) {
-  constexpr int WARPS = GROUPS * 4, HEIGHT = GROUPS * 64;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, t = lane & 3;
+// OWN, OTHERS: registers of the product's threads and of the others, where they differ.
+template <int P, int GROUPS, int OWN, int OTHERS, bool ALIGNED>
+__device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix& m, const RowAdapters& adapters,
+                                           const u32* pairs, const float* code2, const u8* x, float* sums, int x_rows) {
+  using L = Layout<P, GROUPS>;
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0), t = lane & 3;
   let_next_start();
-  if (static_cast<int>(blockIdx.x) >= product_blocks) {
-    shrink<P, WARPS>(adapters, x, x_rows, m.columns, blockIdx.x - product_blocks);
+  const int items = ((m.columns >> 6) + CHUNK - 1) / CHUNK;
+  const long long units = static_cast<long long>((m.rows + L::HEIGHT - 1) / L::HEIGHT) * items;
+  const int begin = static_cast<int>(units * blockIdx.x / gridDim.x);
+  const int steps = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - begin;
+  const Ring<W_STAGES> weights(L::BARRIERS);
+  const Ring<L::X_STAGES> rows(L::BARRIERS + W_STAGES * 16);
+
+  if (warp >= L::WARPS) {
+    move_registers<false, OTHERS>();
+    if (warp > L::WARPS) {
+      __syncthreads();
+      if (adapters.b)
+        Expansion<P>(adapters, m)(sums, x_rows, blockIdx.x * HELPERS + warp - L::WARPS - 1, gridDim.x * HELPERS);
+      return;
+    }
+    Producer<P, GROUPS> producer = {packed, m, x, weights, rows, items, steps, Walk(items, begin), begin % items};
+    if (lane == 0) {
+      weights.begin(L::WARPS);
+      rows.begin(L::WARPS);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      for (int s = 0; s < W_STAGES; s++) producer.fetch_weights(s);
+    }
+    __syncthreads();
+    if (lane == 0) {
+      wait_for_previous();
+      for (int s = 0; s < steps; s++) {
+        producer.fetch_x(s);
+        producer.fetch_weights(s + W_STAGES);
+      }
+    }
     return;
   }
-  const int items = ((m.columns >> 6) + CHUNK - 1) / CHUNK, last_group = m.rows / 16 - 1;
-  const long long units = static_cast<long long>((m.rows + HEIGHT - 1) / HEIGHT) * items;
-  const int begin = static_cast<int>(units * blockIdx.x / product_blocks);
-  const int steps = static_cast<int>(units * (blockIdx.x + 1) / product_blocks) - begin;
 
-  Walk loading(items, begin), computing(items, begin);
-  auto find_rows = [&] { return find(m, min(loading.row_block * (HEIGHT / 16) + warp, last_group), lane); };
-  Place place = find_rows();
-  auto load_next = [&](Tile<CHUNK, ALIGNED>& tile, bool wanted) {
-    load(tile, m, place, loading.item * CHUNK, lane, wanted);
-    if (loading.next(items)) place = find_rows();
+  move_registers<true, OWN>();
+  // Lane 4 g + t of a warp has rows 2 (g % 4) + g / 4 and 8 further: no two of 16 lanes then share a bank.
+  const int last_group = m.rows / 16 - 1, own_row = (lane >> 2 & 3) * 2 + (lane >> 4);
+  Walk computing(items, begin), loading(items, begin);
+  int group;
+  Part part;
+  auto find_rows = [&] {
+    group = min(loading.row_block * (L::HEIGHT / 16) + warp, last_group);
+    part = find_part(m, group * 16);
   };
-  const TableEntries<WARPS * 32> entries(pairs, code2);
-  Tile<CHUNK, ALIGNED> first, second;
-  load_next(first, steps > 0);
-  load_next(second, steps > 1);
-  entries.fill();
-  const Ring<P> ring(SHARED_BASE + TABLE);
-  int fetching = computing.item;
-  auto fetch = [&](int step) {
-    if (step >= steps) return;
-    ring.fetch(step, x + fetching * Ring<P>::BYTES);
-    if (++fetching == items) fetching = 0;
-  };
-  wait_for_previous();
-  if (tid == 0) {
-    ring.begin(WARPS);
-    for (int s = 0; s < STAGES - 2; s++) fetch(s);
-  }
+  find_rows();
+  Scales<ALIGNED> scales, next_scales;
+  scales.load(m, part, group * 16 + own_row, loading.item);
+  TableEntries<L::WARPS * 32>(pairs, code2).fill();
   __syncthreads();
 
+  const u32 own_bytes = warp * 2048 + own_row * 128 + ((t >> 1 ^ own_row) << 4) + (t & 1) * 8;
+  uint2 words[CHUNK][2];  // of the blocks of a unit, of a lane's two rows
+  u32 absmax[2], next_absmax[2];
+  auto take = [&](int step, u32 (&into)[2]) {
+    weights.wait(step);
+    const int stage = step % W_STAGES;
+    const u32 at = L::W - SHARED_BASE + stage * L::W_BYTES + own_bytes;
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        words[j][half] = *reinterpret_cast<const uint2*>(shared + (at ^ j << 5) + half * 1024);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      into[half] = *reinterpret_cast<const u32*>(shared + L::SCALES - SHARED_BASE + stage * L::SCALE_BYTES +
+                                                 (warp * 16 + own_row + half * 8) * 4);
+    __syncwarp();
+    if (lane == 0) weights.release(step);
+  };
   float total[P / 2] = {}, block_sum[P / 2] = {};
   u32 a[2][16];
-  auto decode = [&](const uint4& words, u32 (&into)[16]) {
+  auto decode = [&](const uint2 (&words)[2], u32 (&into)[16]) {
     const u32 offset = lane * 4;
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-      const u32 low = s < 2 ? words.x : words.y, high = s < 2 ? words.z : words.w, i = (s & 1) * 2;
+      const u32 low = s < 2 ? words[0].x : words[0].y, high = s < 2 ? words[1].x : words[1].y, i = (s & 1) * 2;
       into[4 * s] = look_up(low, offset, i);
       into[4 * s + 1] = look_up(high, offset, i);
       into[4 * s + 2] = look_up(low, offset, i + 1);
@@ -240,35 +395,41 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
     }
   };
   auto leave = [&](int row_block) {
-    const int row = row_block * HEIGHT + warp * 16;
+    const int row = row_block * L::HEIGHT + warp * 16;
     if (row < m.rows) {
       // A lane has two rows of x for one of the weight; with its neighbour it makes that one for two.
-      const bool odd = lane & 4;
+      const bool odd = lane & 16;
       const int x_row = 2 * t + (odd ? 1 : 0);
-      float* at = sums + static_cast<u64>(x_row) * m.rows + row + (lane >> 3) * 2;
+      float* at = sums + static_cast<u64>(x_row) * m.rows + row + (lane >> 2 & 3) * 2;
 #pragma unroll
       for (int i = 0; i < P / 8; i++, at += 8 * m.rows)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const float even_row = total[4 * i + 2 * half], odd_row = total[4 * i + 2 * half + 1];
-          const float got = __shfl_xor_sync(~0u, odd ? even_row : odd_row, 4);
+          const float got = __shfl_xor_sync(~0u, odd ? even_row : odd_row, 16);
           if (8 * i + x_row < x_rows) add_pair(at + 8 * half, odd ? got : even_row, odd ? odd_row : got);
         }
     }
 #pragma unroll
     for (int i = 0; i < P / 2; i++) total[i] = 0.f;
   };
-  // A unit's first block is decoded beside the last product of the unit before it, and ahead of the
-  // loads that then replace that unit: a wait for older loads would include these.
-  uint4 words[2];
-  auto begin_unit = [&](const Tile<CHUNK, ALIGNED>& tile) {
-    exchange(tile, words, 0, t);
+
+  if (steps > 0) {
+    take(0, absmax);
     decode(words[0], a[0]);
-  };
-  auto compute = [&](Tile<CHUNK, ALIGNED>& tile, const Tile<CHUNK, ALIGNED>& following, int step) {
-    if (tid == 0) fetch(step + STAGES - 2);
-    __syncwarp();
-    const u64 stage = ring.wait(step);
+  }
+  wait_for_previous();
+  for (int step = 0; step < steps; step++) {
+    const bool more = step + 1 < steps;
+    if (more) {
+      if (loading.next(items)) find_rows();
+      next_scales.load(m, part, group * 16 + own_row, loading.item);
+    }
+    rows.wait(step);
+    // wgmma's descriptor: rows of 128 bytes, swizzled. A shuffle tells the compiler that all lanes have the
+    // same one: else each product moves its own to uniform registers.
+    const u32 x_at = __shfl_sync(~0u, L::X + step % L::X_STAGES * L::X_BYTES, 0);
+    const u64 stage = (u64(1) << 62) | (u64(64) << 32) | (u64(1) << 16) | ((x_at & 0x3FFFF) >> 4);
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
       hold(block_sum);
@@ -276,54 +437,47 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Adapters& adap
 #pragma unroll
       for (int s = 0; s < 4; s++) multiply_tile<P>(block_sum, a[j & 1] + 4 * s, stage + j * P * 8 + 2 * s, s > 0);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      float factors[2];  // absmax of a lane's two rows
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        factors[half] = __uint_as_float(look_up(absmax[half], lane * 4 + 128, j)) * scales.groups[half][ALIGNED ? 0 : j] + scales.offset;
       if (j + 1 < CHUNK) {
-        if (j & 1) exchange(tile, words, j + 1, t);
-        decode(words[(j + 1) & 1], a[(j + 1) & 1]);
-      } else {
-        begin_unit(following);  // after the last one of nothing
+        decode(words[j + 1], a[(j + 1) & 1]);
+      } else if (more) {
+        take(step + 1, next_absmax);
+        decode(words[0], a[0]);
       }
-      const u32 offset = lane * 4 + 128;
-      const float f0 = __uint_as_float(look_up(tile.scales[0], offset, j)) * tile.groups[0][ALIGNED ? 0 : j] + tile.offset;
-      const float f1 = __uint_as_float(look_up(tile.scales[1], offset, j)) * tile.groups[1][ALIGNED ? 0 : j] + tile.offset;
-      if (j + 1 == CHUNK) load_next(tile, step + 2 < steps);
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       hold(block_sum);
 #pragma unroll
-      for (int i = 0; i < P / 8; i++) {
-        total[4 * i] += f0 * block_sum[4 * i]; total[4 * i + 1] += f0 * block_sum[4 * i + 1];
-        total[4 * i + 2] += f1 * block_sum[4 * i + 2]; total[4 * i + 3] += f1 * block_sum[4 * i + 3];
-      }
+      for (int i = 0; i < P / 2; i++) total[i] += factors[i >> 1 & 1] * block_sum[i];
     }
-    if (lane == 0) ring.release(step);
+    if (lane == 0) rows.release(step);
     const int row_block = computing.row_block;
-    if (computing.next(items) || step == steps - 1) leave(row_block);
-  };
-  begin_unit(first);
-  for (int step = 0; step < steps; step += 2) {
-    compute(first, second, step);
-    if (step + 1 < steps) compute(second, first, step + 1);
+    if (computing.next(items) || !more) leave(row_block);
+    absmax[0] = next_absmax[0]; absmax[1] = next_absmax[1];
+    scales = next_scales;
   }
 }
 
-#define INSTANCE(NAME, P, GROUPS, REGISTERS, ALIGNED)                                                   \
+#define INSTANCE(NAME, P, GROUPS, REGISTERS, OWN, OTHERS, ALIGNED)                                                   \
   extern "C" __global__ void __maxnreg__(REGISTERS) NAME(                                               \
-      const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,   \
-      const u8* x, float* sums, const u16* lora_a, const u8* lora_b, const int* slots,                  \
-      float* shrunk, int x_rows, int rows, int columns,                                                 \
-      int start1, int start2, int group1, int group2, float offset0, float offset1, float offset2,      \
-      int count, int ranks, int splits, int b_bytes, int product_blocks) {                              \
-    const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                           \
+      const __grid_constant__ TensorMap packed, const u8* absmax, const float* absmax2,                 \
+      const u32* pairs, const float* code2, const u8* x, float* sums, const float* shrunk,              \
+      const u16* lora_b, const int* lora_slots, const float* lora_scales, int count, int ranks,         \
+      int x_rows, int rows, int columns, int start1, int start2, int group1, int group2, float offset0, \
+      float offset1, float offset2) {                                                                   \
+    const Matrix m = {nullptr, absmax, absmax2, rows, columns, start1, start2,                          \
                       group1, group2, offset0, offset1, offset2};                                       \
-    const Adapters adapters = {lora_a, lora_b, slots, shrunk, count, ranks, splits, b_bytes};           \
-    nf4_matmul<P, GROUPS, ALIGNED>(m, adapters, pairs, code2, x, sums, x_rows, product_blocks);         \
+    const RowAdapters adapters = {shrunk, lora_b, lora_slots, lora_scales, count, ranks};               \
+    nf4_matmul<P, GROUPS, OWN, OTHERS, ALIGNED>(&packed, m, adapters, pairs, code2, x, sums, x_rows);   \
   }
 
-// 144 registers leave room beside these blocks for those of the kernels between products.
-INSTANCE(nf4_matmul_8, 8, 2, 128, true)
-INSTANCE(nf4_matmul_16, 16, 2, 128, true)
-INSTANCE(nf4_matmul_32, 32, 3, 144, true)
-INSTANCE(nf4_matmul_64, 64, 3, 168, true)
-INSTANCE(nf4_matmul_8_ragged, 8, 2, 128, false)
-INSTANCE(nf4_matmul_16_ragged, 16, 2, 128, false)
-INSTANCE(nf4_matmul_32_ragged, 32, 3, 144, false)
-INSTANCE(nf4_matmul_64_ragged, 64, 3, 168, false)
+INSTANCE(nf4_matmul_8, 8, 3, 80, 0, 0, true)
+INSTANCE(nf4_matmul_16, 16, 3, 80, 0, 0, true)
+INSTANCE(nf4_matmul_32, 32, 3, 96, 0, 0, true)
+INSTANCE(nf4_matmul_64, 64, 3, 128, 144, 80, true)
+INSTANCE(nf4_matmul_8_ragged, 8, 3, 96, 0, 0, false)
+INSTANCE(nf4_matmul_16_ragged, 16, 3, 104, 0, 0, false)
+INSTANCE(nf4_matmul_32_ragged, 32, 3, 112, 0, 0, false)
+INSTANCE(nf4_matmul_64_ragged, 64, 3, 128, 144, 80, false)

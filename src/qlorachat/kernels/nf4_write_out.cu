@@ -12,12 +12,12 @@ extern "C" __global__ void __launch_bounds__(256) nf4_write_out(
   __syncthreads();
   const int blocks = columns >> 6, index = blockIdx.x * 256 + threadIdx.x, block = index >> 2;
   if (block >= rows * blocks) return;
-  const int part = (block >= start1 * blocks) + (block >= start2 * blocks);
-  const int start = part == 0 ? 0 : part == 1 ? start1 : start2;
-  const int first = part == 0 ? 0 : part == 1 ? group1 : group2;
-  const float offset = part == 0 ? offset0 : part == 1 ? offset1 : offset2;
-  const float scale2 = __ldg(absmax2 + first + ((block - start * blocks) >> 8));
-  const float scale = __fadd_rn(__fmul_rn(__ldg(code2 + __ldg(absmax + block)), scale2), offset);
+  const int row = block / blocks, column = block % blocks;  // column: of blocks
+  const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2, group1, group2, offset0, offset1, offset2};
+  const Part part = find_part(m, row);
+  const float scale2 = __ldg(absmax2 + part.group + (((row - part.start) * blocks + column) >> 8));
+  const u8 own = __ldg(find_absmax(m, row, column >> 2) + (column & 3));
+  const float scale = __fadd_rn(__fmul_rn(__ldg(code2 + own), scale2), part.offset);
   const uint2 words = __ldg(reinterpret_cast<const uint2*>(packed) + index);
   u32 pairs[8];
 #pragma unroll

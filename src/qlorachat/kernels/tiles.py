@@ -11,7 +11,6 @@ from torch.nn import functional
 
 _BLOCK = 64  # columns
 _UNIT = 4  # blocks
-_LANE_ORDER = [0, 2, 1, 3]  # which lane of a quad multiplies each 16 columns; its own inverse
 
 
 def rows_padded(rows: int) -> int:
@@ -31,7 +30,7 @@ def tile(x: torch.Tensor, padded: int) -> torch.Tensor:
     rows, columns = x.shape
     blocks = tiled_shape(columns, padded)[0]
     full = functional.pad(x, (0, blocks * _BLOCK - columns, 0, padded - rows))
-    lanes = full.view(padded, blocks, 4, 4, 2, 2)[:, :, _LANE_ORDER]  # [P, blocks, t, s, h, e]
+    lanes = full.view(padded, blocks, 4, 4, 2, 2)  # [P, blocks, t, s, h, e]
     return _swizzle(lanes.permute(1, 0, 3, 4, 2, 5).reshape(blocks, padded, 8, 8))
 
 
@@ -39,7 +38,7 @@ def untile(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """The first rows and columns of a tiled x, [rows, columns]."""
     blocks, padded, _ = tiled.shape
     chunks = _swizzle(tiled.view(blocks, padded, 8, 8))
-    lanes = chunks.view(blocks, padded, 4, 2, 4, 2).permute(1, 0, 4, 2, 3, 5)[:, :, _LANE_ORDER]
+    lanes = chunks.view(blocks, padded, 4, 2, 4, 2).permute(1, 0, 4, 2, 3, 5)
     return lanes.reshape(padded, blocks * _BLOCK)[:rows, :columns]
 
 

@@ -1,8 +1,9 @@
 """A decode step in eight launches a layer, on Hopper.
 
-A product leaves float32 sums of W x and, beside them, A x of every adapter. The kernel that reads
-them adds each row's B, and writes the next product's input. A norm's factor is applied late: by the
-reader of the product that follows it, for W (factor * x) = factor * (W x).
+A product leaves float32 sums, those of its rows' adapters included. The kernel that reads them
+writes the next product's x and multiplies it by the adapters' A, for the product to add B (A x). A
+norm's factor is applied late: by the reader of the product that follows it, for W (factor * x) =
+factor * (W x).
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ import torch
 
 from qlorachat.kernels import cuda_source, decode_attention, decode_step
 from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.nf4_matmul import MOST_ROWS
-from qlorachat.kernels.nf4_tiled import Shrinking, nf4_matmul_tiled, runs_tiled
-from qlorachat.kernels.sums import RowAdapters
+from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
 from qlorachat.kernels.tiles import rows_padded, tiled_shape
 from qlorachat.model.cache import KVCache
 from qlorachat.model.layer import Layer
@@ -153,36 +154,50 @@ class FusedDecode:
         space.cleared.zero_()
         residual = self._embedding.new_empty(count, self._embedding.shape[1])
         into = (self._norms[0], space.hidden, residual, space.squares(count, 0))
-        begin_residual(rows.ids, self._embedding, *into)
+        begin_residual(rows.ids, self._embedding, *into, self._shrinking(rows, space, 0))
         for index in range(len(self._norms) // 2):
-            qkv, output, gate_up, down = self._products[4 * index : 4 * index + 4]
-            sums, lora = _multiply(qkv, space.hidden, rows, space)
-            late = self._late_norm(space, count, 2 * index)
-            self._attend(sums, lora, late, rows, space, cache.keys[index], cache.values[index])
-            sums, lora = _multiply(output, space.attended, rows, space)
-            self._add(sums, lora, residual, space, 2 * index + 1)
-            sums, lora = _multiply(gate_up, space.hidden, rows, space)
+            first = 4 * index  # product of the layer: q|k|v, o, gate|up, down
+            sums = self._multiply(first, space.hidden, rows, space)
+            self._attend(sums, index, rows, space, cache)
+            sums = self._multiply(first + 1, space.attended, rows, space)
+            self._add(sums, residual, rows, space, 2 * index + 1)
+            sums = self._multiply(first + 2, space.hidden, rows, space)
             late = self._late_norm(space, count, 2 * index + 1)
-            silu_mul_sums(sums, lora, *late, space.inner)
-            sums, lora = _multiply(down, space.inner, rows, space)
-            self._add(sums, lora, residual, space, 2 * index + 2)
+            silu_mul_sums(sums, *late, space.inner, self._shrinking(rows, space, first + 3))
+            sums = self._multiply(first + 3, space.inner, rows, space)
+            self._add(sums, residual, rows, space, 2 * index + 2)
         return residual
 
+    def _multiply(
+        self, number: int, x: torch.Tensor, rows: Rows, space: _Workspace
+    ) -> torch.Tensor:
+        """W x of a product, and what the rows' adapters add to it."""
+        product, lora, count = self._products[number], rows.lora, len(rows.ids)
+        sums, expanding = space.sums(count, product.weight.rows), None
+        if lora.active and lora.slots is not None and lora.scales is not None:
+            shrunk = space.shrunk(count, number)
+            expanding = Expanding(shrunk, product.lora.b, lora.slots, lora.scales)
+        nf4_matmul_tiled(x, product.weight, sums, expanding)
+        return sums
+
+    def _shrinking(self, rows: Rows, space: _Workspace, number: int) -> Shrinking | None:
+        """The adapters of a product, for whoever makes its x."""
+        if not rows.lora.active or rows.lora.slots is None:
+            return None
+        shrunk = space.shrunk(len(rows.ids), number)
+        return Shrinking(self._products[number].lora.a, rows.lora.slots, shrunk)
+
     def _attend(
-        self,
-        sums: torch.Tensor,
-        lora: RowAdapters | None,
-        late: tuple[torch.Tensor, int, float],
-        rows: Rows,
-        space: _Workspace,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        self, sums: torch.Tensor, layer: int, rows: Rows, space: _Workspace, cache: KVCache
     ) -> None:
         assert isinstance(rows.attention, DecodeRows)
+        keys, values = cache.keys[layer], cache.values[layer]
+        late = self._late_norm(space, len(rows.ids), 2 * layer)
         places = (*self._rope, rows.positions, rows.slots, keys, values)
         contexts = (rows.attention.block_tables, rows.attention.context_lengths)
+        shrinking = self._shrinking(rows, space, 4 * layer + 1)
         scale = keys.shape[-1] ** -0.5
-        attend_sums(sums, lora, *late, *places, *contexts, scale, space.attended)
+        attend_sums(sums, *late, *places, *contexts, scale, space.attended, shrinking)
 
     def _late_norm(
         self, space: _Workspace, rows: int, norm: int
@@ -191,31 +206,11 @@ class FusedDecode:
         return space.squares(rows, norm), self._embedding.shape[1], self._epsilon
 
     def _add(
-        self,
-        sums: torch.Tensor,
-        lora: RowAdapters | None,
-        residual: torch.Tensor,
-        space: _Workspace,
-        norm: int,
+        self, sums: torch.Tensor, residual: torch.Tensor, rows: Rows, space: _Workspace, norm: int
     ) -> None:
-        """Into the residual, and from it the input of the product after norm number `norm`."""
+        """Into the residual, and from it the x of the product after norm number `norm`."""
         if norm == len(self._norms):
-            add_to_residual(sums, lora, residual, None, None, None)
-        else:
-            into = (self._norms[norm], space.hidden, space.squares(len(residual), norm))
-            add_to_residual(sums, lora, residual, *into)
-
-
-def _multiply(
-    product: _Product, x: torch.Tensor, rows: Rows, space: _Workspace
-) -> tuple[torch.Tensor, RowAdapters | None]:
-    """W x, and what adds the rows' adapters to it."""
-    count, lora = len(rows.ids), rows.lora
-    sums = space.sums(count, product.weight.rows)
-    if not lora.active or lora.slots is None or lora.scales is None:
-        nf4_matmul_tiled(x, product.weight, sums)
-        return sums, None
-    shrunk = space.shrunk(count, product.number)
-    a, b = product.lora.a, product.lora.b
-    nf4_matmul_tiled(x, product.weight, sums, Shrinking(a, b, lora.slots, shrunk))
-    return sums, RowAdapters(shrunk, b, lora.slots, lora.scales)
+            add_to_residual(sums, residual, None, None, None, None)
+            return
+        into = (self._norms[norm], space.hidden, space.squares(len(residual), norm))
+        add_to_residual(sums, residual, *into, self._shrinking(rows, space, 2 * norm))

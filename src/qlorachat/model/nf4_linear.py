@@ -33,19 +33,9 @@ class Nf4Linear(nn.Module):
 
     def __init__(self, parts: Sequence[Linear4bit], bias: nn.Parameter | None) -> None:
         super().__init__()
-        states: list[QuantState] = [part.weight.quant_state for part in parts]
         self.bias: torch.Tensor | None = bias.data if bias is not None else None
-        self.weight = nf4.Nf4Matrix(
-            packed=torch.cat([part.weight.data.flatten() for part in parts]),
-            absmax=torch.cat([state.absmax for state in states]),
-            absmax2=torch.cat([state.state2.absmax for state in states]),
-            code=states[0].code,
-            pairs=nf4.byte_pairs(states[0].code, parts[0].compute_dtype),
-            code2=states[0].state2.code,
-            heights=tuple(state.shape[0] for state in states),
-            offsets=tuple(float(state.offset) for state in states),
-            columns=states[0].shape[1],
-        )
+        quantized = [(part.weight.data, part.weight.quant_state) for part in parts]
+        self.weight = nf4.stack(quantized, parts[0].compute_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, columns) -> (rows, heights)."""

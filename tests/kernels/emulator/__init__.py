@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qlorachat.kernels import cuda_source
-from qlorachat.kernels.cuda_source import Argument
+from qlorachat.kernels.cuda_source import Argument, TileMap
 from tests.kernels.emulator.translate import Parameter, translate
 
 _HEADER = Path(__file__).parent / "cuda_on_cpu.h"
@@ -31,9 +31,9 @@ _FLAGS = (
 )
 # what no kernel of a step writes, or not where another one reads it: it may be read at once
 _CONSTANT = {
-    *("b", "slots", "scales", "tables", "lengths", "cache_slots", "positions", "cos", "sin"),
+    *("lora_slots", "lora_scales", "tables", "lengths", "cache_slots", "positions", "cos", "sin"),
     *("keys", "values", "packed", "absmax", "absmax2", "pairs", "table", "code", "code2"),
-    *("lora_a", "lora_b"),
+    *("lora_a", "lora_b", "weight"),
 }
 _DTYPES = {
     "float*": (torch.float32,),
@@ -114,7 +114,8 @@ class Emulator:
         self.launched.append(function.name)
         parameters = function.parameters
         assert len(arguments) == len(parameters), (len(arguments), parameters)
-        guarded = [_Guarded(each) if isinstance(each, torch.Tensor) else None for each in arguments]
+        tensors = [each.rows if isinstance(each, TileMap) else each for each in arguments]
+        guarded = [_Guarded(each) if isinstance(each, torch.Tensor) else None for each in tensors]
         values = [
             _value(parameter, argument, own)
             for parameter, argument, own in zip(parameters, arguments, guarded, strict=True)
@@ -160,6 +161,20 @@ class Emulator:
         return ctypes.CDLL(str(built)), kernels
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("count", ctypes.c_longlong),
+        ("bytes", ctypes.c_longlong),
+    )
+
+
+class _TensorMap(ctypes.Structure):
+    """The sources' TensorMap; here it begins with where the matrix is described."""
+
+    _fields_ = (("matrix", ctypes.POINTER(_Matrix)), ("unused", ctypes.c_ubyte * 120))
+
+
 class _Guarded:
     """A copy of a tensor's memory between bytes of 0xFF, aligned as on a card."""
 
@@ -189,6 +204,11 @@ class _Guarded:
 
 def _value(parameter: Parameter, argument: Argument, own: _Guarded | None) -> Any:
     """The argument as C has it, of the type that the kernel declares."""
+    if isinstance(argument, TileMap):
+        assert parameter.type == "TensorMap", parameter
+        assert own
+        matrix = _Matrix(own.address, *argument.rows.shape)
+        return _TensorMap(ctypes.pointer(matrix))
     if isinstance(argument, int):
         assert parameter.type == "int", parameter
         return ctypes.c_int(argument)

@@ -75,7 +75,7 @@ struct Fiber {
   std::vector<Piece> pieces;
   std::vector<size_t> groups;  // where those that were committed end
   std::vector<Product> products;
-  size_t committed_products;
+  std::vector<size_t> product_groups;  // where those that were committed end
   bool fenced;
 };
 
@@ -91,7 +91,16 @@ struct Warp {
   const char* group_collective;
 };
 
-struct Copy { uint8_t* to; const uint8_t* from; Address barrier; int bytes; Block* block; };  // in bulk
+struct Matrix { const uint8_t* rows; long long count, bytes; };  // the emulator's TensorMap: bytes of a row
+struct Copy {  // in bulk; of a matrix: a box of 64 rows by 128 bytes from (row, byte)
+  uint8_t* to;
+  const uint8_t* from;
+  Address barrier;
+  int bytes;
+  Block* block;
+  const Matrix* matrix;
+  int row, byte;
+};
 
 inline Dimensions grid, block_size;
 inline Fiber* now;
@@ -233,9 +242,9 @@ template <class Finish> void collect(const char* kind, Finish finish) {
 
 // All 128 lanes of a warpgroup.
 template <class Finish> void collect_group(const char* kind, Finish finish) {
-  const int own = static_cast<int>(now->warp - warps.data()), first = own - own % warps_of_a_block % 4;
+  const int own = static_cast<int>(now->warp - warps.data()), inner = own % warps_of_a_block, first = own - inner % 4;
   Warp& warp = warps[first];
-  if (warps_of_a_block % 4) ON_CPU_FAIL("%s by no whole warpgroup", kind);
+  if (inner - inner % 4 + 4 > warps_of_a_block) ON_CPU_FAIL("%s by no whole warpgroup", kind);
   if (!warp.group_arrived) warp.group_collective = kind;
   if (warp.group_collective != kind) ON_CPU_FAIL("%s, where others of the warpgroup are at %s", kind, warp.group_collective);
   if (++warp.group_arrived != 128) return wait(kind);
@@ -361,16 +370,18 @@ inline void multiply_group(Warp* group, size_t which) {
     }
   }
 }
-inline void finish_products(Warp* group) {
-  const size_t count = group->lanes[0]->committed_products;
+inline void finish_products(Warp* group, size_t left) {
+  const std::vector<size_t>& ends = group->lanes[0]->product_groups;
+  const size_t done = ends.size() - left, count = ends[done - 1];
   for (int w = 0; w < 4; w++)
     for (Fiber* lane : group[w].lanes)
-      if (lane->committed_products != count) ON_CPU_FAIL("lanes of a warpgroup wait for different products");
+      if (lane->product_groups != ends) ON_CPU_FAIL("lanes of a warpgroup wait for different products");
   for (size_t i = 0; i < count; i++) multiply_group(group, i);
   for (int w = 0; w < 4; w++)
     for (Fiber* lane : group[w].lanes) {
       lane->products.erase(lane->products.begin(), lane->products.begin() + static_cast<ptrdiff_t>(count));
-      lane->committed_products = 0;
+      lane->product_groups.erase(lane->product_groups.begin(), lane->product_groups.begin() + static_cast<ptrdiff_t>(done));
+      for (size_t& end : lane->product_groups) end -= count;
     }
 }
 
@@ -414,7 +425,12 @@ inline void arrive(Address at, int bytes) {
   settle(*now->block, at);
 }
 inline void finish(const Copy& copy) {
-  memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  if (!copy.matrix) memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  for (int i = 0; copy.matrix && i < copy.bytes; i++) {
+    const long long row = copy.row + i / 128, byte = copy.byte + i % 128;
+    const bool inside = row < copy.matrix->count && byte < copy.matrix->bytes;
+    copy.to[i ^ (i >> 7 & 7) << 4] = inside ? copy.matrix->rows[row * copy.matrix->bytes + byte] : 0;
+  }
   copy.block->barriers[copy.barrier].bytes -= copy.bytes;
   settle(*copy.block, copy.barrier);
 }
@@ -637,6 +653,8 @@ template <class First, class... Rest> auto registers(First&& first, Rest&&... re
 }
 
 inline void griddepcontrol_launch_dependents() {}
+inline void setmaxnreg_inc_sync_aligned_u32(int) {}
+inline void setmaxnreg_dec_sync_aligned_u32(int) {}
 inline void griddepcontrol_wait() {
   if (!revealed) wait(PREVIOUS);
 }
@@ -671,12 +689,6 @@ inline void mapa_shared_cluster_u32(Address& theirs, Address own, int rank) {
   shared_memory(own, 1, "mapa");
   if (rank < 0 || rank >= static_cast<int>(blocks.size())) ON_CPU_FAIL("block %d of a cluster of %zu", rank, blocks.size());
   theirs = static_cast<Address>(rank + 1) << 24 | own;
-}
-inline void st_shared_cluster_f32(Address at, float value) {
-  Block& block = blocks[(at >> 24) - 1];
-  if (block.unstarted) ON_CPU_FAIL("a store to a block that has not started");
-  if (!block.alive) ON_CPU_FAIL("a store to a block that has ended");
-  memcpy(shared_memory(at & 0xFFFFFF, 4, "st.shared::cluster", &block), &value, 4);
 }
 inline void barrier_cluster_arrive_relaxed_aligned() {
   if (now->cluster_phase == cluster_phase) ON_CPU_FAIL("it arrives at the cluster's barrier twice");
@@ -715,11 +727,10 @@ ON_CPU_WGMMAS(64)
 inline void wgmma_fence_sync_aligned() { now->fenced = true; }
 inline void wgmma_commit_group_sync_aligned() {
   now->fenced = false;
-  now->committed_products = now->products.size();
+  now->product_groups.push_back(now->products.size());
 }
-inline void wgmma_wait_group_sync_aligned(int left) {
-  if (left) ON_CPU_FAIL("wgmma.wait_group of other than 0");
-  if (now->committed_products) collect_group(WGMMA_WAIT, finish_products);
+inline void wgmma_wait_group_sync_aligned(size_t left) {
+  if (now->product_groups.size() > left) collect_group(WGMMA_WAIT, [left](Warp* group) { finish_products(group, left); });
 }
 
 inline void cp_async_cg_shared_global_L2_128B(Address to, const void* from, int bytes, int wanted) {
@@ -751,6 +762,17 @@ inline void mbarrier_init_shared_cta_b64(Address at, int count) {
   barrier.count = barrier.pending = count;
 }
 inline void fence_mbarrier_init_release_cluster() {}
+inline void st_async_weak_shared_cluster_mbarrier_complete_tx_bytes_f32(Address at, float value, Address barrier) {
+  Block& block = blocks[(at >> 24) - 1];
+  if (at >> 24 != barrier >> 24) ON_CPU_FAIL("st.async to another block than its mbarrier's");
+  if (block.unstarted) ON_CPU_FAIL("a store to a block that has not started");
+  if (!block.alive) ON_CPU_FAIL("a store to a block that has ended");
+  memcpy(shared_memory(at & 0xFFFFFF, 4, "st.async", &block), &value, 4);
+  const Address own = barrier & 0xFFFFFF;
+  if (!block.barriers.count(own)) ON_CPU_FAIL("no mbarrier was made at %u", own);
+  block.barriers[own].bytes -= 4;
+  settle(block, own);
+}
 inline void fence_proxy_async_shared_cta() {}
 inline void mbarrier_arrive_expect_tx_shared_cta_b64(Address at, int bytes) { arrive(at, bytes); }
 inline void mbarrier_arrive_shared_cta_b64(Address at) { arrive(at, 0); }
@@ -760,18 +782,28 @@ inline void mbarrier_try_wait_parity_shared_cta_b64(bool& done, Address at, unsi
   now->barrier = at;
   wait(BARRIER);
 }
-inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(Address to, const void* from, int bytes, Address barrier) {
-  uint8_t* at = shared_memory(to, static_cast<Address>(bytes), "a bulk copy");
-  global(from, static_cast<size_t>(bytes), "a bulk copy", 16);
-  if (bytes % 16) ON_CPU_FAIL("a bulk copy of %d bytes", bytes);
-  barrier_at(barrier);
-  const Copy copy = {at, static_cast<const uint8_t*>(from), barrier, bytes, now->block};
+inline void start(uint8_t* at, const Copy& copy) {
+  barrier_at(copy.barrier);
   if (late) {
-    memset(at, 0xFF, static_cast<size_t>(bytes));
+    memset(at, 0xFF, static_cast<size_t>(copy.bytes));
     copies.push_back(copy);
   } else {
     finish(copy);
   }
+}
+inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(Address to, const void* from, int bytes, Address barrier) {
+  uint8_t* at = shared_memory(to, static_cast<Address>(bytes), "a bulk copy");
+  global(from, static_cast<size_t>(bytes), "a bulk copy", 16);
+  if (bytes % 16) ON_CPU_FAIL("a bulk copy of %d bytes", bytes);
+  start(at, {at, static_cast<const uint8_t*>(from), barrier, bytes, now->block});
+}
+inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(
+    Address to, const void* map, const std::array<int, 2>& from, Address barrier) {
+  uint8_t* at = shared_memory(to, 8192, "a tensor copy");
+  if (to % 1024) ON_CPU_FAIL("a tensor copy to %u", to);
+  const Matrix* matrix = *static_cast<const Matrix* const*>(map);
+  if (from[0] < 0 || from[1] < 0) ON_CPU_FAIL("a tensor copy from %d, %d", from[0], from[1]);
+  start(at, {at, nullptr, barrier, 8192, now->block, matrix, from[1], from[0]});
 }
 
 }  // namespace ptx
@@ -783,6 +815,7 @@ inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(Addre
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 #define threadIdx (on_cpu::now->thread)
 #define blockIdx (on_cpu::now->block->index)

@@ -125,7 +125,9 @@ def _split(text: str, separator: str, most: int = -1) -> list[str]:
 def _parameters(given: str) -> list[Parameter]:
     parameters = []
     for each in given.split(","):
-        found = re.fullmatch(r"\s*(?:const\s+)?([\w\s]+?\s*\*?)\s*(\w+)\s*", each)
+        found = re.fullmatch(
+            r"\s*(?:const\s+)?(?:__grid_constant__\s+)?([\w\s]+?\s*\*?)\s*(\w+)\s*", each
+        )
         assert found, each
         parameters.append(Parameter(found[2], found[1].strip().replace(" *", "*")))
     return parameters

@@ -1,0 +1,100 @@
+"""LoRA in a fused decode step of M rows, each with the slot of its adapter.
+
+Whoever makes the x of a product also multiplies it by the adapters' A; the product adds B. A slot
+is 0 for none; slot s is [s - 1] of A and B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from qlorachat.kernels.cuda_source import Argument
+from qlorachat.kernels.lora import lora_expand_add_reference
+
+
+class Shrinking(NamedTuple):
+    """shrunk += A x, of each row's own slot.
+
+    a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts of the product that follows,
+    is a multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R].
+    """
+
+    a: torch.Tensor
+    slots: torch.Tensor
+    shrunk: torch.Tensor
+
+    def check(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        slots, ranks, _ = self.a.shape
+        assert self.a.shape == (slots, ranks, columns)
+        assert self.a.dtype == dtype
+        assert ranks % 16 == 0
+        assert self.slots.shape == (rows,)
+        assert self.slots.dtype == torch.int32
+        assert self.shrunk.shape == (rows, slots * ranks)
+        assert self.shrunk.dtype == torch.float32
+        assert all(tensor.is_contiguous() for tensor in self)
+
+
+class Expanding(NamedTuple):
+    """sums += scale * B (A x), of each row's own slot.
+
+    shrunk: float32 [M, S * parts * R], A x of every slot and part. b: [S, N, R], contiguous, of x's
+    dtype, alpha / r folded in; R is a multiple of 16. slots: int32 [M]. scales: float32 [M], the
+    adapter's strength.
+    """
+
+    shrunk: torch.Tensor
+    b: torch.Tensor
+    slots: torch.Tensor
+    scales: torch.Tensor
+
+    def check(self, rows: int, heights: Sequence[int], dtype: torch.dtype) -> None:
+        slots, outputs, ranks = self.b.shape
+        assert outputs == sum(heights)
+        assert ranks % 16 == 0
+        assert self.b.dtype == dtype
+        assert self.shrunk.shape == (rows, slots * len(heights) * ranks)
+        assert self.slots.shape == self.scales.shape == (rows,)
+        assert self.slots.dtype == torch.int32
+        assert self.shrunk.dtype == self.scales.dtype == torch.float32
+        assert all(tensor.is_contiguous() for tensor in self)
+
+
+def shrinking_arguments(shrinking: Shrinking | None) -> Sequence[Argument]:
+    """What the sources call lora_a, lora_slots, shrunk, count and ranks."""
+    if shrinking is None:
+        return None, None, None, 0, 0
+    return *shrinking, *shrinking.a.shape[:2]
+
+
+def expanding_arguments(expanding: Expanding | None) -> Sequence[Argument]:
+    """What the sources call shrunk, lora_b, lora_slots, lora_scales, count and ranks."""
+    if expanding is None:
+        return None, None, None, None, 0, 0
+    return *expanding, len(expanding.b), expanding.b.shape[2]
+
+
+def shrink_reference(x: torch.Tensor, shrinking: Shrinking | None) -> None:
+    """`Shrinking` of x [M, K] in plain torch."""
+    if shrinking is None:
+        return
+    a, slots, shrunk = shrinking
+    every = torch.einsum("mk,srk->msr", x.float(), a.float())
+    own = slots[:, None] == torch.arange(1, len(a) + 1, device=slots.device)
+    shrunk += torch.where(own[:, :, None], every, 0).flatten(1)
+
+
+def expand_reference(
+    sums: torch.Tensor, expanding: Expanding | None, heights: Sequence[int]
+) -> None:
+    """`Expanding` of sums [M, N] in plain torch; heights: of the parts of N."""
+    if expanding is None:
+        return
+    shrunk, b, slots, scales = expanding
+    columns = [sum(heights[:part]) for part in range(len(heights) + 1)]
+    every = shrunk.view(len(sums), len(b), -1)  # [M, S, parts * R]
+    own = every[torch.arange(len(sums), device=slots.device), slots.clamp(min=1) - 1]
+    lora_expand_add_reference(own[None], b, slots, scales, sums, columns)
