@@ -1,10 +1,10 @@
-"""Do both backends give the same answers? Greedy, 20 prompts of 128 tokens, NF4 and 16 bit, CPU.
+"""Do both backends give the same answers? Greedy, 20 prompts of 128 tokens, NF4 and 16 bit.
 
-    python bench/parity.py [--prompts 20] [--tokens 128]
+    python bench/parity.py [--prompts 20] [--tokens 128] [--device cpu]
 
 The engine answers all prompts in one batch, the reference one by one. Up to the first token where
 they differ, log-probabilities are compared; at that token, the reference's margin between its two
-likeliest says whether it was a near-tie. Writes bench/results/parity.json.
+likeliest says whether it was a near-tie. Writes bench/results/parity.json, or parity_cuda.json.
 """
 
 import argparse
@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from decode_cpu import machine
+import decode
+import decode_cpu
 from qlorachat import ChatEngine, TokenLogprob
 from qlorachat.config import BackendChoice, QuantizationChoice
 
-RESULTS = Path(__file__).parent / "results" / "parity.json"
+RESULTS = Path(__file__).parent / "results"
 SUBJECTS = [
     *("the sea", "bears", "bread", "Paris", "the moon", "winter", "a river", "honey", "trains"),
     *("a library", "the piano", "chess", "whales", "the desert", "clocks", "tea", "maps"),
@@ -29,18 +30,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     prompts = [f"Write a paragraph about {subject}." for subject in SUBJECTS[: arguments.prompts]]
     choices: tuple[QuantizationChoice, ...] = ("nf4", "16bit")
-    rows = [compare(choice, prompts, arguments.tokens) for choice in choices]
-    record = {"machine": machine(), "tokens": arguments.tokens, "rows": rows}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    cuda = arguments.device != "cpu"
+    rows = [compare(choice, prompts, arguments.tokens, arguments.device) for choice in choices]
+    described = decode.machine() if cuda else decode_cpu.machine()
+    record = {"machine": described, "tokens": arguments.tokens, "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    results = RESULTS / ("parity_cuda.json" if cuda else "parity.json")
+    results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
 
 
-def compare(choice: QuantizationChoice, prompts: list[str], tokens: int) -> dict[str, Any]:
-    ours, reference = (answers(b, choice, prompts, tokens) for b in ("paged", "transformers"))
+def compare(
+    choice: QuantizationChoice, prompts: list[str], tokens: int, device: str
+) -> dict[str, Any]:
+    backends: tuple[BackendChoice, ...] = ("paged", "transformers")
+    ours, reference = (answers(b, choice, prompts, tokens, device) for b in backends)
     lengths, margins, differences = [], [], [0.0]
     for mine, theirs in zip(ours, reference, strict=True):
         pairs = list(zip(mine, theirs, strict=False))
@@ -60,11 +68,15 @@ def compare(choice: QuantizationChoice, prompts: list[str], tokens: int) -> dict
 
 
 def answers(
-    backend: BackendChoice, choice: QuantizationChoice, prompts: list[str], tokens: int
+    backend: BackendChoice,
+    choice: QuantizationChoice,
+    prompts: list[str],
+    tokens: int,
+    device: str,
 ) -> list[tuple[TokenLogprob, ...]]:
     options: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "logprobs": 2}
     with (
-        ChatEngine("smollm2", device="cpu", backend=backend, quantization=choice) as engine,
+        ChatEngine("smollm2", device=device, backend=backend, quantization=choice) as engine,
         ThreadPoolExecutor(len(prompts)) as pool,
     ):
         ask = lambda prompt: engine.chat(prompt, max_tokens=tokens, **options).logprobs  # noqa: E731
