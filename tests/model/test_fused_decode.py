@@ -21,7 +21,7 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, BLOCK = 2, 192, 3, 1, 320, 16
 MOST_ROWS = 10
 
 
-def quantized_model() -> Any:
+def quantized_model(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -32,7 +32,7 @@ def quantized_model() -> Any:
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=64,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval().to(dtype)
     for parent in list(model.model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -42,12 +42,12 @@ def quantized_model() -> Any:
 
 def quantized(weight: torch.Tensor) -> Linear4bit:
     height, width = weight.shape
-    layer = Linear4bit(width, height, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer = Linear4bit(width, height, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
     return layer
 
 
-def stacks(slots: int) -> AdapterStacks:
+def stacks(slots: int, dtype: torch.dtype = torch.float32) -> AdapterStacks:
     """Random adapters in every slot; the same ones whenever it is called."""
     width = HIDDEN // HEADS
     shapes = {
@@ -63,7 +63,7 @@ def stacks(slots: int) -> AdapterStacks:
             "mlp.down_proj": (HIDDEN, INNER),
         }.items()
     }
-    own = AdapterStacks(LAYERS, shapes, dtype=torch.float32, device=torch.device("cpu"))
+    own = AdapterStacks(LAYERS, shapes, dtype=dtype, device=torch.device("cpu"))
     own.allocate(slots, 20)
     torch.manual_seed(1)
     for index in range(LAYERS):
@@ -73,7 +73,7 @@ def stacks(slots: int) -> AdapterStacks:
     return own
 
 
-def cache() -> KVCache:
+def cache(dtype: torch.dtype = torch.float32) -> KVCache:
     torch.manual_seed(2)
     own = KVCache(
         layers=LAYERS,
@@ -81,7 +81,7 @@ def cache() -> KVCache:
         block_size=BLOCK,
         kv_heads=KV_HEADS,
         head_dim=HIDDEN // HEADS,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
     )
     own.keys.normal_()
