@@ -23,14 +23,14 @@ __device__ __forceinline__ float4* find(float* sums, int outputs, int row, int c
 template <int TILES> struct Shrink {
   static constexpr int GROUPS = 3, STRIDE = 20;  // of 16 ranks, at a time; of a row's 16 sums: no two lanes share a bank
   const Adapters& adapters;
-  const int lane, rows, column, columns;
+  const int lane, column, columns;
   int mine, adding, slot;           // slots: of this lane's row, of the row that it adds up, of `words`
   u32 remaining;                    // lanes whose slots are yet to be taken
-  uint2 words[GROUPS][TILES][2];    // of the first ranks
+  uint2 words[GROUPS][TILES][2];    // of the ranks that are next
 
   // No kernel writes A within a step: this may be before the wait.
   __device__ __forceinline__ Shrink(const Adapters& adapters, const Place<TILES>& at, int rows, int columns)
-      : adapters(adapters), lane(at.lane), rows(rows), column(at.column), columns(columns), mine(0), adding(0), slot(0) {
+      : adapters(adapters), lane(at.lane), column(at.column), columns(columns), mine(0), adding(0), slot(0) {
     if (adapters.a) {
       const int other = blockIdx.y * ROWS + (threadIdx.x >> 4);
       if (at.row < rows) mine = __ldg(adapters.slots + at.row);
