@@ -5,7 +5,8 @@
 The text is Python's own documentation, 20,480 tokens of it in 64 passages. What is exact is
 computed in float32 on the weights as NF4 has them. transformers reads each passage at once on
 bitsandbytes' kernels; PagedLlama takes one token of every passage of a batch at a time. Writes
-bench/results/perplexity.json, and ends with status 1 if PagedLlama is more than 0.1 % off.
+bench/results/perplexity.json (or perplexity_fp8.json, with keys and values in 8 bits), and ends
+with status 1 if PagedLlama is more than 0.1 % off.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from transformers import AutoTokenizer
 
 from decode import machine
 from qlorachat.checkpoints import Checkpoint, Recipe, linear_shapes, load_model, locate
+from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows
 from qlorachat.model.lora import AdapterStacks, LoraRows
 
-RESULTS = Path(__file__).parent / "results" / "perplexity.json"
+RESULTS = Path(__file__).parent / "results"
 BLOCK = 16  # tokens
 ALLOWED = 1e-3
 
@@ -40,6 +42,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--length", type=int, default=320, help="tokens to predict in each")
+    parser.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto")
     arguments = parser.parse_args()
     checkpoint = replace(locate("demo"), recipe=Recipe(()))  # every projection in NF4
     device = arguments.device
@@ -47,16 +50,19 @@ def main() -> int:
     exact = whole_loss(in_float32(load(checkpoint, device)), ids)
     theirs = whole_loss(load(checkpoint, device), ids)
     model = paged(load(checkpoint, device), checkpoint)
-    losses = {batch: decoded_loss(model, ids, batch) for batch in arguments.batches}
+    cached = E4M3 if arguments.kv_cache == "fp8" else model.dtype
+    losses = {batch: decoded_loss(model, ids, batch, cached) for batch in arguments.batches}
     off = {f"batches of {batch}": math.expm1(loss - exact) for batch, loss in losses.items()}
     record = {
         "machine": machine() if ids.is_cuda else "CPU",
         "tokens": ids[:, 1:].numel(),
+        "keys and values": str(cached),
         "perplexity": round(math.exp(exact), 4),
         "transformers is off by, %": round(100 * math.expm1(theirs - exact), 4),
         "PagedLlama is off by, %": {name: round(100 * value, 4) for name, value in off.items()},
     }
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    name = "perplexity.json" if arguments.kv_cache == "auto" else "perplexity_fp8.json"
+    (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
     return 1 if max(map(abs, off.values())) > ALLOWED else 0
 
@@ -110,7 +116,7 @@ def paged(model: Any, checkpoint: Checkpoint) -> PagedLlama:
 
 
 @torch.inference_mode()
-def decoded_loss(model: PagedLlama, ids: torch.Tensor, batch: int) -> float:
+def decoded_loss(model: PagedLlama, ids: torch.Tensor, batch: int, cached: torch.dtype) -> float:
     length = ids.shape[1] - 1
     blocks = -(-length // BLOCK)
     cache = KVCache(
@@ -119,7 +125,7 @@ def decoded_loss(model: PagedLlama, ids: torch.Tensor, batch: int) -> float:
         block_size=BLOCK,
         kv_heads=model.config.num_key_value_heads,
         head_dim=model.head_dim,
-        dtype=model.dtype,
+        dtype=cached,
         device=model.device,
     )
     numbers = torch.arange(batch * blocks, dtype=torch.int32, device=model.device)

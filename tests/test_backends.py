@@ -13,7 +13,7 @@ import torch
 from qlorachat import ChatEngine, FinishReason, Reply
 from qlorachat.config import BackendChoice
 from qlorachat.engine.backend import PagedBackend
-from qlorachat.errors import AdapterError, EngineError, QueueFull
+from qlorachat.errors import AdapterError, ConfigError, EngineError, QueueFull
 from qlorachat.reference import TransformersBackend
 from tests.near_ties import LOGPROBS, assert_same
 from tests.trained import QUESTION, SENTENCE
@@ -240,3 +240,22 @@ def test_a_text_is_scored_token_by_token(engine: ChatEngine) -> None:
     assert len(base.logprobs) == len(base.tokens) - 1
     assert 1.0 < tuned.perplexity < base.perplexity
     assert engine.score("The capital of France is Paris.").logprobs[-2] > -2.0
+
+
+def test_keys_and_values_in_8_bits(trained: Path) -> None:
+    options: dict[str, Any] = {"device": "cpu", "adapters": {"zunda": trained}}
+    with ChatEngine("smollm2", backend="paged", kv_cache="fp8", **options) as engine:
+        assert "Paris" in engine.chat(PROMPTS[0], **GREEDY).text
+        assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
+        prompts = [*PROMPTS, PROMPTS[0]]  # prefixes are found again in the cache
+        alone = [engine.chat(prompt, max_tokens=8, **GREEDY) for prompt in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            ask = lambda prompt: engine.chat(prompt, max_tokens=8, **GREEDY)  # noqa: E731
+            for mine, theirs in zip(pool.map(ask, prompts), alone, strict=True):
+                assert_same(mine, theirs)
+
+
+def test_transformers_have_no_8_bits() -> None:
+    with pytest.raises(ConfigError, match="leave kv_cache at auto") as refused:
+        ChatEngine("smollm2", backend="transformers", kv_cache="fp8")
+    assert refused.value.param == "kv_cache"

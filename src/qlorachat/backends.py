@@ -46,6 +46,12 @@ def _obstacles(config: EngineConfig, adapters: Mapping[str, Adapter]) -> Iterato
 
 
 def _open_transformers(config: EngineConfig) -> TransformersBackend:
+    if config.kv_cache != "auto":
+        raise ConfigError(
+            "transformers keeps keys and values in the model's dtype: leave kv_cache at auto, or "
+            "use the paged backend.",
+            param="kv_cache",
+        )
     return TransformersBackend(open_model(config), max_queue=config.max_queue)
 
 
@@ -59,4 +65,5 @@ def _open_paged(config: EngineConfig, ranks: Sequence[int]) -> PagedBackend:
         adapters_expected=min(len(ranks), config.max_adapters),
         adapter_rank=max(ranks, default=16),
         memory=config.memory,
+        kv_cache=config.kv_cache,
     )

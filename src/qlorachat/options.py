@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from qlorachat.config import BackendChoice, Overflow, QuantizationChoice, Tags
+from qlorachat.config import BackendChoice, CacheChoice, Overflow, QuantizationChoice, Tags
 from qlorachat.errors import UsageError, suggest
 from qlorachat.tokens import SamplingParams
 
@@ -20,6 +20,7 @@ class EngineOptions(TypedDict, total=False):
     quantization: QuantizationChoice
     backend: BackendChoice
     memory: str | None
+    kv_cache: CacheChoice
     max_sequences: int
     max_adapters: int
     template: str | None

@@ -5,6 +5,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from qlorachat.kernels.eight_bits import E4M3
+
 POISON = float("nan")
 Context = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -28,13 +30,20 @@ class RopeCase:
 
 
 def make_rope(
-    dtype: torch.dtype, *, rows: int, heads: int, kv_heads: int, head_dim: int
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    in_8_bits: bool = False,
 ) -> RopeCase:
     torch.manual_seed(rows + head_dim)
     block_size, blocks = 4, rows + 2
     slots = torch.randperm(blocks * block_size)[:rows].int()
     slots[1::3] = -1
-    cache = torch.randn(2, blocks, block_size, kv_heads, head_dim).to(dtype)
+    cache = torch.randn(2, blocks, block_size, kv_heads, head_dim)
+    cache = cache.to(E4M3 if in_8_bits else dtype)
     return RopeCase(
         qkv=torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(dtype),
         cos=torch.randn(50, head_dim),
@@ -78,6 +87,7 @@ def make_paged(
     kv_heads: int,
     head_dim: int,
     block_size: int = 16,
+    in_8_bits: bool = False,
 ) -> PagedCase:
     torch.manual_seed(sum(lengths) + head_dim)
     blocks = [-(-length // block_size) for length in lengths]
@@ -90,6 +100,8 @@ def make_paged(
         used = lengths[row] - (blocks[row] - 1) * block_size
         if stop > start:
             cache[:, order[stop - 1], used:] = POISON
+    if in_8_bits:
+        cache = cache.to(E4M3)
     return PagedCase(
         q=torch.randn(len(lengths), heads, head_dim).to(dtype),
         key_cache=cache[0],

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qlorachat.kernels import activation, attention, device, lora, norm, rotary
+from qlorachat.kernels.eight_bits import E4M3
 
 jit: Any = importlib.import_module("triton.runtime.jit")
 driver: Any = importlib.import_module("triton.runtime.driver")
@@ -70,8 +71,19 @@ def attend() -> None:
         )
 
 
+def attend_to_8_bits() -> None:
+    cache = zeros(2, 16, 32, 128).to(E4M3)
+    context = (cache, cache, integers(4, 8), integers(4))
+    attention.paged_decode_attention(zeros(4, 32, 128), *context, 0.1, zeros(4, 32, 128), 1)
+
+
 def rope() -> None:
     cache, table = zeros(2, 16, 32, 128), torch.zeros(64, 128)
+    rotary.rope_and_cache(zeros(4, 12288), table, table, integers(4), integers(4), cache, cache)
+
+
+def rope_to_8_bits() -> None:
+    cache, table = zeros(2, 16, 32, 128).to(E4M3), torch.zeros(64, 128)
     rotary.rope_and_cache(zeros(4, 12288), table, table, integers(4), integers(4), cache, cache)
 
 
@@ -90,6 +102,8 @@ LAUNCHES: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "silu_mul": (lambda: activation.silu_mul(zeros(4, 22016)), ["_silu_mul_kernel"]),
     "rope_and_cache": (rope, ["_rope_kernel"]),
+    "rope_and_cache, 8 bits": (rope_to_8_bits, ["_rope_kernel"]),
+    "paged_decode_attention, 8 bits": (attend_to_8_bits, ["_attend_kernel"]),
     "paged_decode_attention": (attend, ["_attend_kernel", "_attend_kernel", "_combine_kernel"]),
     "lora": (add_lora, ["_shrink_kernel", "_expand_kernel"]),
 }

@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
-from qlorachat.kernels import activation, attention, lora, norm, rotary
-from qlorachat.kernels.device import runs_triton
+from qlorachat.kernels import activation, attention, eight_bits, lora, norm, rotary
+from qlorachat.kernels.device import jit, runs_triton, tl
+from qlorachat.kernels.eight_bits import E4M3
 from tests.kernels.cases import make_lora, make_paged, make_rope
 
 # float16 is rounded alike wherever nothing is summed; a sum's order may move its last digit
@@ -46,7 +48,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 
 def rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether 16-bit results were rounded at the same places, or many would differ."""
-    different = int((actual != expected).sum())
+    different = int((actual.float() != expected.float()).sum())
     return actual.dtype == torch.float32 or different <= 1 + 0.02 * actual.numel()
 
 
@@ -84,15 +86,50 @@ def test_silu_mul(dtype: torch.dtype, rows: int, width: int) -> None:
     dtypes,
     st.integers(1, 7),
     st.sampled_from([(9, 3, 64), (4, 4, 80), (6, 1, 96), (2, 2, 128)]),
+    st.booleans(),
 )
-def test_rope_and_cache(dtype: torch.dtype, rows: int, shape: tuple[int, int, int]) -> None:
+def test_rope_and_cache(
+    dtype: torch.dtype, rows: int, shape: tuple[int, int, int], in_8_bits: bool
+) -> None:
     heads, kv_heads, head_dim = shape
-    case = make_rope(dtype, rows=rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    case = make_rope(
+        dtype,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        in_8_bits=in_8_bits,
+    )
     arguments, others = case.arguments(), case.arguments()
     q = rotary.rope_and_cache(*arguments)
     close(q, rotary.rope_and_cache_reference(*others), torch.finfo(dtype).eps)
     for cache, other in zip(arguments[-2:], others[-2:], strict=True):
-        close(cache, other, torch.finfo(dtype).eps)
+        close(cache.float(), other.float(), torch.finfo(cache.dtype).eps)
+        assert rounded_alike(cache, other)
+
+
+def test_every_code_and_what_lies_between() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # what is left is a number
+    numbers = codes.view(E4M3).float()
+    halfway = (numbers[:-1] + numbers[1:]) / 2
+    huge = torch.tensor([448.0, 449.0, 463.9, 480.0, 1e6, -1e30, 1e-30, 0.0])
+    values = torch.cat([numbers, halfway, halfway * 1.001, halfway * 0.999, huge])
+    cache = torch.zeros(1, 1, 1, 1).to(E4M3)
+    padded = functional.pad(values, (0, 2048 - len(values)))
+    written = torch.zeros(2048, dtype=torch.uint8)
+    read = torch.zeros(2048)
+    coded[(1,)](padded, written, read, 2048)
+    assert torch.equal(written, eight_bits.narrow(padded, cache))
+    assert torch.equal(read, written.view(E4M3).float())
+
+
+@jit
+def coded(values: tl.tensor, written: tl.tensor, read: tl.tensor, count: tl.constexpr) -> None:
+    at = tl.arange(0, count)
+    code = eight_bits.encode(tl.load(values + at))
+    tl.store(written + at, code)
+    tl.store(read + at, eight_bits.decode(code))
 
 
 @few
@@ -102,6 +139,7 @@ def test_rope_and_cache(dtype: torch.dtype, rows: int, shape: tuple[int, int, in
     st.sampled_from([(4, 4, 64), (9, 3, 80), (8, 1, 96), (2, 2, 128)]),
     st.sampled_from([1, 16, 24]),
     st.sampled_from([None, 1, 2, 8]),
+    st.booleans(),
 )
 def test_paged_decode_attention(
     dtype: torch.dtype,
@@ -109,6 +147,7 @@ def test_paged_decode_attention(
     shape: tuple[int, int, int],
     block_size: int,
     splits: int | None,
+    in_8_bits: bool,
 ) -> None:
     heads, kv_heads, head_dim = shape
     case = make_paged(
@@ -118,6 +157,7 @@ def test_paged_decode_attention(
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_size=block_size,
+        in_8_bits=in_8_bits,
     )
     out = torch.full_like(case.q, float("nan"))
     attention.paged_decode_attention(*case.arguments(), 0.2, out, splits)

@@ -1,9 +1,11 @@
 """paged_decode_attention against dense attention in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from qlorachat.kernels import paged_decode_attention
+from qlorachat.kernels import paged_decode_attention, read_blocks
 from tests.kernels.cases import PagedCase, make_paged
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -40,6 +42,18 @@ def test_it_is_dense_attention(
     expected = attend_densely(case, 0.2)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(attend(case, 0.2).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_cache_in_8_bits_is_what_its_bytes_say(dtype: torch.dtype) -> None:
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 64}
+    case = make_paged(dtype, [1, 17, 100, 0], **shape, in_8_bits=True)
+    wide = replace(case, key_cache=case.key_cache.to(dtype), value_cache=case.value_cache.to(dtype))
+    assert torch.equal(attend(case, 0.2), attend(wide, 0.2))
+    blocks = case.block_tables[2, :3].long()
+    assert torch.equal(
+        read_blocks(case.key_cache, blocks, dtype), read_blocks(wide.key_cache, blocks, dtype)
+    )
 
 
 def test_one_token_of_context_is_its_value() -> None:

@@ -17,6 +17,7 @@ from qlorachat.kernels.decode_step import (
     silu_mul_sums,
     silu_mul_sums_reference,
 )
+from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.rotary import rope_and_cache_reference
 from qlorachat.kernels.sums import inverse_rms_reference, take_sums_reference
 from qlorachat.kernels.tiles import rows_padded, write_tiled
@@ -52,19 +53,26 @@ def copied(argument: Any, kind: type[torch.Tensor]) -> Any:
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.equal(actual.nan_to_num(), expected.nan_to_num())
+    return torch.equal(plain(actual).nan_to_num(), plain(expected).nan_to_num())
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """torch has few operations for 8 bits."""
+    tensor = tensor.as_subclass(torch.Tensor)
+    return tensor.float() if tensor.dtype == E4M3 else tensor
 
 
 def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within one rounding of the largest, and 16-bit numbers equal but for a few."""
-    actual = actual.as_subclass(torch.Tensor)
-    assert torch.equal(actual.isnan(), expected.isnan())
-    ours, theirs = actual.nan_to_num(), expected.nan_to_num()
+    """Within one rounding of the largest, and numbers of 16 or 8 bits equal but for a few."""
+    ours, theirs = plain(actual), plain(expected)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
     if not expected.is_floating_point():
         assert torch.equal(ours, theirs)
         return
-    assert (ours - theirs).abs().max() <= ROUNDED * theirs.abs().max()
-    if expected.dtype == torch.bfloat16:
+    rounded = torch.finfo(expected.dtype).eps if expected.dtype == E4M3 else ROUNDED
+    assert (ours - theirs).abs().max() <= rounded * theirs.abs().max()
+    if expected.dtype in (torch.bfloat16, E4M3):
         assert int((ours != theirs).sum()) <= 1 + 0.02 * ours.numel()
 
 
@@ -165,6 +173,7 @@ def attend_in_float32(
     write_tiled(mixed.flatten(1).bfloat16(), out)
 
 
+@pytest.mark.parametrize("in_8_bits", [False, True])
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     "lengths", [[1], [0, 17, 129], [300, 2, 16], [100, 0, 40, 1, 33, 8, 65, 15, 64]]
@@ -184,10 +193,14 @@ def test_attention(
     rank: int | None,
     lengths: list[int],
     splits: int,
+    in_8_bits: bool,
 ) -> None:
     rows, columns = len(lengths), heads * head_dim
     product = make_sums(rows, columns + 2 * kv_heads * head_dim)
     context = make_context(torch.bfloat16, heads, kv_heads, head_dim, lengths)
+    if in_8_bits:
+        caches = (context.key_cache.to(E4M3), context.value_cache.to(E4M3))
+        context = context._replace(key_cache=caches[0], value_cache=caches[1])
     out = make_tiled(torch.bfloat16, columns, rows_padded(rows))
     shrinking = make_half_shrinking(rows, columns, rank)
     check(

@@ -1,11 +1,14 @@
 """rope_and_cache against transformers' Llama rotary embedding, and what it writes where."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qlorachat.kernels import rope_and_cache
+from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.rotary import _find_real, _repeat_real, _write
 from tests.kernels.cases import make_rope
 
@@ -39,6 +42,19 @@ def test_tables_are_cast_to_the_rows_dtype() -> None:
     qkv, cos, sin, *rest = case.arguments()
     expected = rope_and_cache(qkv, cos.bfloat16(), sin.bfloat16(), *rest)
     assert torch.equal(rope_and_cache(qkv, cos, sin, *rest), expected)
+
+
+def test_a_cache_in_8_bits_gets_the_nearest() -> None:
+    shape = {"rows": 8, "heads": 2, "kv_heads": 2, "head_dim": 8}
+    narrow = make_rope(torch.bfloat16, **shape, in_8_bits=True)
+    narrow.qkv[0] *= 1000  # beyond the largest that there is
+    wide = replace(
+        narrow, key_cache=narrow.key_cache.bfloat16(), value_cache=narrow.value_cache.bfloat16()
+    )
+    ours, theirs = narrow.arguments(), wide.arguments()
+    assert torch.equal(rope_and_cache(*ours), rope_and_cache(*theirs))
+    for cache, other in zip(ours[-2:], theirs[-2:], strict=True):
+        assert torch.equal(cache.float(), other.float().clamp(-448, 448).to(E4M3).float())
 
 
 def test_nothing_else_in_the_cache_changes() -> None:

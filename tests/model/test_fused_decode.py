@@ -195,7 +195,7 @@ def test_why_a_model_is_not_fused(model: PagedLlama, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cuda_source, "load", lambda names, *given: loaded.append((*names, *given)))
     assert why_not_fused(layers, torch.bfloat16, *shape) is None
     like = (torch.bfloat16, torch.device("cpu"))
-    heads = ("HEAD_DIM=64", "GROUP=3")
+    heads = ("HEAD_DIM=64", "GROUP=3", "IN_8_BITS=0")
     assert loaded == [("decode_step.cu", *like), ("decode_attention.cu", *like, heads)]
     assert "float16" in str(why_not_fused(layers, torch.float16, *shape))
     assert "80 wide" in str(why_not_fused(layers, torch.bfloat16, 3, 1, 80))

@@ -9,6 +9,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from qlorachat.adapters import Adapter
+from qlorachat.config import CacheChoice
 from qlorachat.engine.batch import Batch
 from qlorachat.engine.blocks import BlockPool
 from qlorachat.engine.memory import MemoryPlan, plan_memory
@@ -17,6 +18,7 @@ from qlorachat.engine.scheduler import Limits, Scheduler
 from qlorachat.engine.sequence import Sequence, Sink
 from qlorachat.engine.slots import AdapterSlots
 from qlorachat.errors import AdapterError, EngineError, OutOfMemory, QueueFull
+from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.model import KVCache, PagedLlama
 from qlorachat.model.lora import AdapterStacks
 from qlorachat.opening import OpenedModel
@@ -44,13 +46,14 @@ class PagedBackend:
         adapter_rank: int = 16,
         adapters_expected: int = 0,
         memory: str | None = None,
+        kv_cache: CacheChoice = "auto",
         prefix_caching: bool = True,
     ) -> None:
         """Serve an opened model; its weights are taken over.
 
         At most `max_sequences` requests run at once and `max_queue` wait. The memory beside the
         weights and `adapters_expected` adapters of `adapter_rank` becomes KV cache; `memory` (such
-        as 12GiB or 0.8) bounds the whole.
+        as 12GiB or 0.8) bounds the whole. `kv_cache`: fp8 for keys and values in 8 bits.
         """
         self.tokenizer, self.info = opened.tokenizer, opened.info
         device, config = opened.model.device, opened.model.config
@@ -59,7 +62,10 @@ class PagedBackend:
         )
         reserved = adapters.bytes_of(max(1, adapters_expected), adapter_rank)
         model = PagedLlama(opened.model, adapters)
-        self.plan = _plan(model, self.info.context_length, reserved, self.info.memory_bytes, memory)
+        cached = E4M3 if kv_cache == "fp8" else model.dtype
+        self.plan = _plan(
+            model, cached, self.info.context_length, reserved, self.info.memory_bytes, memory
+        )
         log.info("%s", self.plan)
         cache = KVCache(
             layers=config.num_hidden_layers,
@@ -67,7 +73,7 @@ class PagedBackend:
             block_size=BLOCK_SIZE,
             kv_heads=config.num_key_value_heads,
             head_dim=model.head_dim,
-            dtype=model.dtype,
+            dtype=cached,
             device=device,
         )
         self._slots = AdapterSlots(max_adapters)
@@ -235,13 +241,18 @@ class PagedBackend:
 
 
 def _plan(
-    model: PagedLlama, context_length: int, adapters: int, weights: int, memory: str | None
+    model: PagedLlama,
+    cached: torch.dtype,
+    context_length: int,
+    adapters: int,
+    weights: int,
+    memory: str | None,
 ) -> MemoryPlan:
     per_token = KVCache.bytes_per_token(
         layers=model.config.num_hidden_layers,
         kv_heads=model.config.num_key_value_heads,
         head_dim=model.head_dim,
-        dtype=model.dtype,
+        dtype=cached,
     )
     return plan_memory(
         device=model.device,

@@ -11,6 +11,7 @@ from qlorachat.kernels.attention import (
     gathered_decode_attention,
     list_places,
     paged_decode_attention,
+    read_blocks,
 )
 from qlorachat.kernels.lora import lora_expand_add, lora_shrink
 from qlorachat.kernels.lora_segments import LoraSegment, lora_add_segments
@@ -27,6 +28,7 @@ __all__ = [
     "lora_expand_add",
     "lora_shrink",
     "paged_decode_attention",
+    "read_blocks",
     "rms_norm",
     "rope_and_cache",
     "silu_mul",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from qlorachat.kernels import eight_bits
 from qlorachat.kernels.device import (
     count_processors,
     dependent_launch,
@@ -17,6 +18,7 @@ from qlorachat.kernels.device import (
     triton,
     wait_for_previous,
 )
+from qlorachat.kernels.eight_bits import decode
 
 _TILE = 32  # positions of one load
 _LONG_SPAN = 1024  # positions that one program should not exceed: the others would wait for it
@@ -38,7 +40,8 @@ def paged_decode_attention(
     """softmax(scale * q @ keys^T) @ values of each row's own context, written to `out`.
 
     q, out: [B, H, D], contiguous. key_cache, value_cache: [blocks, block_size, G, D], contiguous;
-    query head h reads key head h // (H // G). All of one dtype; sums are in float32.
+    query head h reads key head h // (H // G). All of one dtype, or the caches in 8 bits; sums are
+    in float32.
     block_tables: int32 [B, max_blocks]; what lies beyond a row's context is not looked at.
     context_lengths: int32 [B], the new token included; 0 for a padding row, whose output is 0.
     splits: a power of two, how many programs share one context; None chooses by card, B and
@@ -84,6 +87,11 @@ def paged_decode_attention_reference(
     return mixed.masked_fill(context_lengths[:, None, None] == 0, 0)
 
 
+def read_blocks(cache: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values of these blocks, [positions, G, D], in `dtype`; blocks: int64."""
+    return eight_bits.widen(eight_bits.as_bytes(cache)[blocks], cache, dtype).flatten(0, 1)
+
+
 class Places(NamedTuple):
     """Where the positions of each row's context are in a cache; the same for every layer."""
 
@@ -122,12 +130,15 @@ def gathered_decode_attention(
     """Attention of q [B, H, D] to the keys and values at `places`, [B, H, D], in plain torch."""
     kv_heads, head_dim = key_cache.shape[2:]
     flat = places.slots.reshape(-1)
+    taken = (
+        eight_bits.as_bytes(cache).view(-1, kv_heads * head_dim).index_select(0, flat)
+        for cache in (key_cache, value_cache)
+    )
     keys, values = (
-        cache.view(-1, kv_heads * head_dim)
-        .index_select(0, flat)
+        eight_bits.widen(own, key_cache, q.dtype)
         .view(*places.slots.shape, kv_heads, head_dim)
         .transpose(1, 2)
-        for cache in (key_cache, value_cache)
+        for own in taken
     )
     # the query heads of one key head become its rows
     grouped = q.view(len(q), kv_heads, -1, head_dim)
@@ -149,7 +160,8 @@ def _check(
     assert q.shape == (len(q), q.shape[1], head_dim)
     assert q.shape[1] % kv_heads == 0, "query heads are no multiple of the key heads"
     assert key_cache.shape == value_cache.shape
-    assert q.dtype == key_cache.dtype == value_cache.dtype
+    assert key_cache.dtype == value_cache.dtype
+    assert eight_bits.fits(key_cache, q.dtype)
     assert all(tensor.is_contiguous() for tensor in (q, key_cache, value_cache))
     assert block_tables.stride(1) == 1
     assert len(block_tables) == len(context_lengths) == len(q)
@@ -180,6 +192,8 @@ def _attend(
     group, head_dim = q.shape[1] // kv_heads, q.shape[2]
     splits = 1 if sums is None else sums.shape[2]
     shape = {"block_size": block_size, "kv_heads": kv_heads, "group": group, "head_dim": head_dim}
+    shape |= {"in_8_bits": key_cache.dtype == eight_bits.E4M3}
+    key_cache, value_cache = eight_bits.as_bytes(key_cache), eight_bits.as_bytes(value_cache)
     tile = {
         "tile": _TILE,
         "group_block": max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows
@@ -213,6 +227,7 @@ def _attend_kernel(
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
+    in_8_bits: tl.constexpr,
     splits: tl.constexpr,
     tile: tl.constexpr,
     group_block: tl.constexpr,
@@ -247,8 +262,11 @@ def _attend_kernel(
         slot = block * block_size + position % block_size
         cached = (slot * kv_heads + kv_head)[:, None] * head_dim + column
         loaded = seen[:, None] & (column < head_dim)
-        keys = tl.load(key_cache + cached, mask=loaded, other=0.0)
-        values = tl.load(value_cache + cached, mask=loaded, other=0.0)
+        keys = tl.load(key_cache + cached, mask=loaded, other=0)
+        values = tl.load(value_cache + cached, mask=loaded, other=0)
+        if in_8_bits:
+            keys = decode(keys).to(q.dtype.element_ty)
+            values = decode(values).to(q.dtype.element_ty)
 
         scores = tl.dot(queries, tl.trans(keys.to(tl.float32)), input_precision=precision)
         scores = tl.where(seen[None, :], scores * scale, float("-inf"))

@@ -1,5 +1,6 @@
 // Rope and attention of a fused decode step: one launch from the sums of q|k|v to the input of the
-// product that follows. Compiled with HEAD_DIM and GROUP, the query heads of a key head.
+// product that follows. Compiled with HEAD_DIM, GROUP, the query heads of a key head, and IN_8_BITS,
+// whether keys and values are e4m3.
 //
 // Blocks share out key heads, rows and, in clusters, splits of a row's context. Keys and values come
 // through a ring in shared memory of each warp's own, those of earlier steps before the wait for
@@ -8,14 +9,22 @@
 
 #include "sums.cuh"
 
-constexpr int LANES = HEAD_DIM / 8;      // 8 elements of 16 bit each
+#if IN_8_BITS
+typedef u8 Cached;
+constexpr float LIFT = 0x1p60f;  // twice: e4m3's bits, moved to a bfloat16's, are a number 2^120 times smaller
+#else
+typedef u16 Cached;
+constexpr float LIFT = 1.f;
+#endif
+constexpr int LANES = HEAD_DIM / 8;      // 8 elements each
+constexpr int PIECE = 8 * sizeof(Cached);  // bytes of these
 constexpr int TOGETHER = 32 / LANES;     // positions of one load of a warp
 constexpr int STEP = 8;                  // positions of a warp at a time
 constexpr int LOADS = STEP / TOGETHER;
 constexpr int WIDTH = GROUP * HEAD_DIM;  // of the queries of one key head
 constexpr int WARPS = 4, THREADS = WARPS * 32;
 constexpr int STAGES = 3;                // of a warp's ring, of a step's keys and values each
-constexpr int STAGE_BYTES = 2 * LOADS * 512;
+constexpr int LOAD_BYTES = 32 * PIECE, STAGE_BYTES = 2 * LOADS * LOAD_BYTES;
 constexpr int MOST_SPLITS = 8;
 constexpr float NOTHING = -1e30f;        // the peak of no scores; finite, for differences of two
 static_assert(LANES * TOGETHER == 32 && LOADS * TOGETHER == STEP, "HEAD_DIM of 64, 128 or 256");
@@ -32,6 +41,7 @@ struct Softmax {  // of one query head, over the positions that were seen; mixed
   }
   __device__ __forceinline__ void add(float share, uint4 value) {
     total += share;
+    share *= LIFT;
     mixed[0] += share * low_half(value.x); mixed[1] += share * high_half(value.x);
     mixed[2] += share * low_half(value.y); mixed[3] += share * high_half(value.y);
     mixed[4] += share * low_half(value.z); mixed[5] += share * high_half(value.z);
@@ -57,7 +67,7 @@ __device__ __forceinline__ float score(const float (&q)[8], uint4 key) {
 __device__ __forceinline__ float sum_of_position(float value) {
 #pragma unroll
   for (int step = 1; step < LANES; step *= 2) value += __shfl_xor_sync(~0u, value, step);
-  return value;
+  return value * LIFT;
 }
 
 // Blocks of a cluster write to each other's shared memory, once all of them are there. A block's
@@ -96,12 +106,43 @@ struct Scratch {
 };
 
 // 16 bytes into shared memory, zeros where they are not wanted.
-__device__ __forceinline__ void copy_piece(u32 to, const u16* from, bool wanted) {
+__device__ __forceinline__ void copy_piece(u32 to, const Cached* from, bool wanted) {
+#if IN_8_BITS
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(wanted ? 8 : 0) : "memory");
+#else
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+#endif
+}
+
+// A piece as pairs of bfloat16, 1 / LIFT^2 of what they are.
+__device__ __forceinline__ uint4 read_piece(const u8* at) {
+#if IN_8_BITS
+  const uint2 bytes = *reinterpret_cast<const uint2*>(at);
+  auto spread = [](u32 word, u32 selector) {  // two bytes: the sign on top, exponent and fraction where a bfloat16's are
+    const u32 pair = __byte_perm(word, 0, selector);
+    return (pair & 0x80008000u) | (pair >> 4 & 0x07F007F0u);
+  };
+  return make_uint4(spread(bytes.x, 0x1404), spread(bytes.x, 0x3424), spread(bytes.y, 0x1404), spread(bytes.y, 0x3424));
+#else
+  return *reinterpret_cast<const uint4*>(at);
+#endif
+}
+
+// A value of 16 bit as the cache has it, and as `read_piece` finds it there.
+struct Kept { Cached bits; u16 half; };
+__device__ __forceinline__ Kept keep(float value) {
+#if IN_8_BITS
+  const u32 bits = __float_as_uint(fabsf(value) * 0x1p-120f), near = (bits + 0x7FFFF + (bits >> 20 & 1)) >> 20;
+  const u32 sign = __float_as_uint(value) >> 31, size = near < 0x7E ? near : 0x7E;  // to even between two; at most the largest
+  return {static_cast<u8>(sign << 7 | size), static_cast<u16>(sign << 15 | size << 4)};
+#else
+  const u16 half = static_cast<u16>(__float_as_uint(value) >> 16);
+  return {half, half};
+#endif
 }
 
 struct Cache {
-  u16 *keys, *values;  // [blocks, 1 << block_shift, kv_heads, HEAD_DIM]
+  Cached *keys, *values;  // [blocks, 1 << block_shift, kv_heads, HEAD_DIM]
   const int* tables;   // [rows, table_stride]
   const int *lengths, *slots, *positions;  // [rows]
   int table_stride, block_shift;  // a block holds STEP positions or more, so that none is in two
@@ -126,7 +167,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   const int stop = min(start + span, length - 1);
   const bool owner = length == 0 ? split == 0 : length - 1 >= start && length - 1 < start + span;
   const int* table = cache.tables + static_cast<u64>(row) * cache.table_stride;
-  const u32 landing = static_cast<u32>(__cvta_generic_to_shared(ring)) + lane * 16;
+  const u32 landing = static_cast<u32>(__cvta_generic_to_shared(ring)) + lane * PIECE;
   auto fetch = [&](int base, int stage) {
     if (base < stop) {
       const u64 place = (static_cast<u64>(__ldg(table + (base >> shift))) << shift) + (base & ((1 << shift) - 1));
@@ -134,9 +175,9 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       for (int i = 0; i < LOADS; i++) {
         const int offset = i * TOGETHER + lane / LANES;
         const u64 from = ((place + offset) * kv_heads + kv_head) * HEAD_DIM + lane % LANES * 8;
-        const u32 to = landing + stage * STAGE_BYTES + i * 512;
+        const u32 to = landing + stage * STAGE_BYTES + i * LOAD_BYTES;
         copy_piece(to, cache.keys + from, base + offset < stop);
-        copy_piece(to + LOADS * 512, cache.values + from, base + offset < stop);
+        copy_piece(to + LOADS * LOAD_BYTES, cache.values + from, base + offset < stop);
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -199,13 +240,13 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       value = rounded(rounded(value * c) + (lower ? -rounded(other * s) : rounded(other * s)));
     }
     if (column < WIDTH) {
-      scratch.queries[column] = value * scale;
+      scratch.queries[column] = value * scale * LIFT;
     } else {
       const int which = (column - WIDTH) / HEAD_DIM;
-      const u16 half = static_cast<u16>(__float_as_uint(value) >> 16);
-      scratch.fresh[which][inner] = half;
+      const Kept kept = keep(value);
+      scratch.fresh[which][inner] = kept.half;
       if (slot >= 0)
-        (which ? cache.values : cache.keys)[(static_cast<u64>(slot) * kv_heads + kv_head) * HEAD_DIM + inner] = half;
+        (which ? cache.values : cache.keys)[(static_cast<u64>(slot) * kv_heads + kv_head) * HEAD_DIM + inner] = kept.bits;
     }
   }
   __syncthreads();
@@ -219,11 +260,11 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   for (int stage = 0; base < stop; base += WARPS * STEP, stage = stage + 1 == STAGES ? 0 : stage + 1) {
     fetch(base + (STAGES - 1) * WARPS * STEP, stage == 0 ? STAGES - 1 : stage - 1);
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");  // a lane reads what it copied itself
-    const uint4* own_pieces = reinterpret_cast<const uint4*>(ring + stage * STAGE_BYTES) + lane;
+    const u8* own_pieces = ring + stage * STAGE_BYTES + lane * PIECE;
     float scores[GROUP][LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      const uint4 key = own_pieces[i * 32];
+      const uint4 key = read_piece(own_pieces + i * LOAD_BYTES);
 #pragma unroll
       for (int g = 0; g < GROUP; g++) scores[g][i] = sum_of_position(score(q[g], key));
     }
@@ -239,7 +280,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     }
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      const uint4 value = own_pieces[(LOADS + i) * 32];
+      const uint4 value = read_piece(own_pieces + (LOADS + i) * LOAD_BYTES);
       const bool seen = base + i * TOGETHER + lane / LANES < stop;
 #pragma unroll
       for (int g = 0; g < GROUP; g++) heads[g].add(seen ? exp2f(scores[g][i] - heads[g].peak) : 0.f, value);
@@ -299,7 +340,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   __syncthreads();
   float* left = scratch.queries;  // what this block leaves, rounded
   auto store = [&](int column, float mixed, float total) {
-    const float mean = rounded(total > 0.f ? mixed / total : 0.f);
+    const float mean = rounded(total > 0.f ? mixed / total * LIFT : 0.f);
     left[column] = mean;
     out[tiled_at(row, first + column, padded)] = static_cast<u16>(__float_as_uint(mean) >> 16);
   };
@@ -371,7 +412,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
-    float* sums, const float* squares, u16* keys, u16* values, const int* tables, const int* lengths,
+    float* sums, const float* squares, Cached* keys, Cached* values, const int* tables, const int* lengths,
     const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out, const u16* lora_a,
     const int* lora_slots, float* shrunk, int count, int ranks, int table_stride, int block_shift, float share, float eps,
     float scale, int padded) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qlorachat.kernels import cuda_source
+from qlorachat.kernels import cuda_source, eight_bits
 from qlorachat.kernels.attention import paged_decode_attention_reference
 from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
 from qlorachat.kernels.device import count_processors
@@ -35,9 +35,12 @@ def why_not(heads: int, kv_heads: int, head_dim: int) -> str | None:
     return None
 
 
-def definitions(heads: int, kv_heads: int, head_dim: int) -> tuple[str, ...]:
+def definitions(
+    heads: int, kv_heads: int, head_dim: int, *, in_8_bits: bool = False
+) -> tuple[str, ...]:
     """What `SOURCE` is compiled with."""
-    return f"HEAD_DIM={head_dim}", f"GROUP={heads // kv_heads}"
+    group = heads // kv_heads
+    return f"HEAD_DIM={head_dim}", f"GROUP={group}", f"IN_8_BITS={int(in_8_bits)}"
 
 
 def attend_sums(
@@ -62,9 +65,9 @@ def attend_sums(
 
     sums: float32 [M, (H + 2G) * D], cleared; rounded once. squares: float32 [M], sums over `width`
     columns. out: tiled [blocks, P, 64], of [M, H * D]; its padding stays as it is. The rest as in
-    those two, all in out's dtype, bfloat16 on a card; a row's new position is the last of its
-    context. shrinking: the adapters of the product that follows. splits: a power of two up to 8,
-    how many blocks share one context; None: chosen.
+    those two, all in out's dtype, bfloat16 on a card; the caches may be in 8 bits. A row's new
+    position is the last of its context. shrinking: the adapters of the product that follows.
+    splits: a power of two up to 8, how many blocks share one context; None: chosen.
     """
     rows, columns = sums.shape
     kv_heads, head_dim = key_cache.shape[2:]
@@ -74,7 +77,7 @@ def attend_sums(
     assert out.shape == tiled_shape(heads * head_dim, out.shape[1])
     assert rows <= out.shape[1]
     assert positions.shape == (rows,)
-    assert key_cache.dtype == out.dtype
+    assert eight_bits.fits(key_cache, out.dtype)
     assert out.is_contiguous()
     _check_context(cos, sin, positions, slots, key_cache, value_cache)
     _check_reach(block_tables, context_lengths, rows)
@@ -94,7 +97,8 @@ def attend_sums(
     block_size = key_cache.shape[1]
     assert block_size >= _STEP
     assert block_size.bit_count() == 1
-    shape = definitions(heads, kv_heads, head_dim)
+    in_8_bits = key_cache.dtype == eight_bits.E4M3
+    shape = definitions(heads, kv_heads, head_dim, in_8_bits=in_8_bits)
     function = cuda_source.load_kernel(
         *(SOURCE, out.dtype, "attend", out.device, shape),
         shared_percent=cuda_source.STEP_SHARED,
@@ -105,7 +109,8 @@ def attend_sums(
         *(block_tables.stride(0), block_size.bit_length() - 1, 1 / width, eps),
         *(scale * _LOG2_E, out.shape[1]),
     )
-    ring = _STAGES * (_THREADS // 32) * 2 * _STEP * head_dim * 2  # bytes of keys and values
+    # bytes of keys and values; a warp leaves its float32 sums there
+    ring = _STAGES * (_THREADS // 32) * 2 * _STEP * head_dim * key_cache.element_size()
     cuda_source.launch(
         function,
         (splits, kv_heads, rows),
@@ -157,7 +162,8 @@ def _check_context(
     assert positions.shape == slots.shape
     assert positions.dtype == slots.dtype == torch.int32
     assert key_cache.shape == value_cache.shape
-    assert cos.dtype == sin.dtype == key_cache.dtype == value_cache.dtype
+    assert cos.dtype == sin.dtype
+    assert key_cache.dtype == value_cache.dtype
     assert all(tensor.is_contiguous() for tensor in (cos, sin, key_cache, value_cache))
 
 

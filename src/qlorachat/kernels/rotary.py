@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from qlorachat.kernels import eight_bits
 from qlorachat.kernels.device import (
     dependent_launch,
     jit,
@@ -14,6 +15,7 @@ from qlorachat.kernels.device import (
     triton,
     wait_for_previous,
 )
+from qlorachat.kernels.eight_bits import encode
 
 _HEADS = 4  # of one program
 
@@ -34,7 +36,7 @@ def rope_and_cache(
     cast to qkv's dtype, and each product and sum is rounded to it, as in apply_rotary_pos_emb.
     positions, slots: int32 [T]; slot = block * block_size + offset, all different, and -1 for a
     padding row, which writes nothing.
-    key_cache, value_cache: [blocks, block_size, G, D], contiguous, of qkv's dtype.
+    key_cache, value_cache: [blocks, block_size, G, D], contiguous, of qkv's dtype or in 8 bits.
     """
     _check(qkv, cos, sin, positions, slots, key_cache, value_cache)
     if not runs_triton(qkv):
@@ -44,6 +46,7 @@ def rope_and_cache(
     q = qkv.new_empty(len(qkv), all_heads - 2 * kv_heads, head_dim)
     grid = (len(qkv), triton.cdiv(all_heads, _HEADS))
     shape = {"heads": q.shape[1], "kv_heads": kv_heads, "half": half}
+    shape |= {"in_8_bits": key_cache.dtype == eight_bits.E4M3}
     tile = {"head_block": _HEADS, "half_block": triton.next_power_of_2(half), "num_warps": 1}
     _rope_kernel[grid](
         qkv,
@@ -52,8 +55,8 @@ def rope_and_cache(
         positions,
         slots,
         q,
-        key_cache,
-        value_cache,
+        eight_bits.as_bytes(key_cache),
+        eight_bits.as_bytes(value_cache),
         **shape,
         **tile,
         **dependent_launch(qkv),
@@ -100,7 +103,8 @@ def _check(
     assert positions.shape == slots.shape == qkv.shape[:1]
     assert positions.dtype == slots.dtype == torch.int32
     assert key_cache.shape == value_cache.shape
-    assert key_cache.dtype == value_cache.dtype == qkv.dtype
+    assert key_cache.dtype == value_cache.dtype
+    assert eight_bits.fits(key_cache, qkv.dtype)
     assert all(tensor.is_contiguous() for tensor in (qkv, cos, sin, key_cache, value_cache))
 
 
@@ -113,7 +117,8 @@ class _Places(NamedTuple):
 
 
 def _write(cache: torch.Tensor, rows: torch.Tensor, places: _Places) -> None:
-    flat = cache.view(-1, *cache.shape[2:])
+    flat = eight_bits.as_bytes(cache).view(-1, *cache.shape[2:])
+    rows = eight_bits.narrow(rows, cache)
     chosen = rows if places.source is None else rows.index_select(0, places.source)
     if places.real is not None:
         chosen = torch.where(places.real, chosen, flat[:1])
@@ -149,6 +154,7 @@ def _rope_kernel(
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     half: tl.constexpr,
+    in_8_bits: tl.constexpr,
     head_block: tl.constexpr,
     half_block: tl.constexpr,
     early: tl.constexpr,
@@ -176,6 +182,11 @@ def _rope_kernel(
         return
     cached = slot * (kv_heads * 2 * half) + at - heads * 2 * half
     is_key = inside & (head >= heads) & (head < heads + kv_heads)
+    if in_8_bits:  # of what is rounded, as in another cache
+        turned_first = encode(turned_first.to(first.dtype).to(tl.float32))
+        turned_second = encode(turned_second.to(first.dtype).to(tl.float32))
+        first = encode(first.to(tl.float32))
+        second = encode(second.to(tl.float32))
     _store_halves(key_cache + cached, turned_first, turned_second, half, is_key)
     cached -= kv_heads * 2 * half
     _store_halves(value_cache + cached, first, second, half, inside & (head >= heads + kv_heads))

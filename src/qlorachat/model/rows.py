@@ -92,8 +92,10 @@ def _attend(
 ) -> torch.Tensor:
     rows, context = chunk.end - chunk.start, chunk.context_length
     q = queries[chunk.start : chunk.end].transpose(0, 1)[None]
-    k = keys[chunk.blocks].flatten(0, 1)[:context].transpose(0, 1)[None]
-    v = values[chunk.blocks].flatten(0, 1)[:context].transpose(0, 1)[None]
+    k, v = (
+        kernels.read_blocks(cache, chunk.blocks, queries.dtype)[:context].transpose(0, 1)[None]
+        for cache in (keys, values)
+    )
     grouped = q.shape[1] != k.shape[1]
     whole = rows == context
     mask = None if whole else causal_lower_right(rows, context)

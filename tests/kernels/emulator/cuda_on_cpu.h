@@ -733,17 +733,24 @@ inline void wgmma_wait_group_sync_aligned(size_t left) {
   if (now->product_groups.size() > left) collect_group(WGMMA_WAIT, [left](Warp* group) { finish_products(group, left); });
 }
 
-inline void cp_async_cg_shared_global_L2_128B(Address to, const void* from, int bytes, int wanted) {
-  if (bytes != 16) ON_CPU_FAIL("cp.async of %d bytes", bytes);
-  uint8_t* at = shared_memory(to, 16, "cp.async");
-  if (wanted) global(from, static_cast<size_t>(wanted), "cp.async", 16);
+inline void copy_piece(Address to, const void* from, int bytes, int wanted) {
+  uint8_t* at = shared_memory(to, static_cast<Address>(bytes), "cp.async");
+  if (wanted) global(from, static_cast<size_t>(wanted), "cp.async", static_cast<size_t>(bytes));
   const Piece piece = {at, static_cast<const uint8_t*>(from), wanted, bytes - wanted};
   if (late) {
-    memset(at, 0xFF, 16);
+    memset(at, 0xFF, static_cast<size_t>(bytes));
     now->pieces.push_back(piece);
   } else {
     finish(piece);
   }
+}
+inline void cp_async_cg_shared_global_L2_128B(Address to, const void* from, int bytes, int wanted) {
+  if (bytes != 16) ON_CPU_FAIL("cp.async.cg of %d bytes", bytes);
+  copy_piece(to, from, bytes, wanted);
+}
+inline void cp_async_ca_shared_global_L2_128B(Address to, const void* from, int bytes, int wanted) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) ON_CPU_FAIL("cp.async.ca of %d bytes", bytes);
+  copy_piece(to, from, bytes, wanted);
 }
 inline void cp_async_commit_group() { now->groups.push_back(now->pieces.size()); }
 inline void cp_async_wait_group(size_t left) {
