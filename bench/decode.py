@@ -4,7 +4,8 @@
 
 Random NF4 weights of the Llama-2-7B shape with an adapter on all linear layers. Logits of the two
 are compared first, then each row is timed by the wall clock, with scheduling, sampling and hand-out
-of tokens inside. Writes bench/results/decode.json.
+of tokens inside. Writes bench/results/decode.json, or decode_fp8.json with keys and values in 8
+bits.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from qlorachat.engine.backend import PagedBackend
 from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
 from random_model import adapter, build, opened, scaled
 
-RESULTS = Path(__file__).parent / "results" / "decode.json"
+RESULTS = Path(__file__).parent / "results"
 ANSWER = 128  # tokens; the context is that of the middle of the answer
 PROMPT = 192  # tokens, where no context is said
 CASES = ((1, 1024), (1, 256), (8, 256), (32, 256), (64, 256), (64, 1024))  # batch, context
@@ -60,13 +61,20 @@ def main() -> None:
     parser.add_argument("--size", default="7b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto")
     arguments = parser.parse_args()
     model = build(arguments.size, "cuda")
     one = adapter(model, rank=arguments.rank, seed=1)
     record: dict[str, Any] = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
+    record["kv_cache"] = arguments.kv_cache
     print(record, flush=True)
     reference = peer(model, one, record, timed=not arguments.no_peer)
-    backend = PagedBackend(opened(model, arguments.size), max_sequences=64, prefix_caching=False)
+    backend = PagedBackend(
+        opened(model, arguments.size),
+        max_sequences=64,
+        kv_cache=arguments.kv_cache,
+        prefix_caching=False,
+    )
     record["plan"] = str(backend.plan)
     wide = adapter(model, rank=64, seed=9) if arguments.rank < 64 else None
     for each in (one, *(scaled(one, seed) for seed in range(2, 9)), *([wide] if wide else [])):
@@ -87,8 +95,8 @@ def main() -> None:
 def note(record: dict[str, Any], name: str, value: object) -> None:
     """Kept at once: a run that is cut short has what it measured."""
     record[name] = value
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    results = RESULTS / ("decode.json" if record["kv_cache"] == "auto" else "decode_fp8.json")
+    results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{name}: {value}", flush=True)
 
 
