@@ -22,6 +22,7 @@ import torch
 
 from qlorachat.kernels import activation, attention, lora, lora_segments, norm, rotary
 from qlorachat.kernels.device import runs_triton, triton
+from qlorachat.kernels.eight_bits import E4M3
 
 cuda: Any = torch.cuda
 SECONDS = 50  # after which nothing more is begun
@@ -117,13 +118,20 @@ def check_rope(rows: int, heads: int, kv_heads: int, dim: int) -> Check:
 
 
 def check_attention(
-    label: str, lengths: list[int], shape: tuple[int, int, int], splits: int | None = None
+    label: str,
+    lengths: list[int],
+    shape: tuple[int, int, int],
+    splits: int | None = None,
+    *,
+    in_8_bits: bool = False,
 ) -> Check:
     heads, kv_heads, dim = shape
     moved = 4 * sum(lengths) * kv_heads * dim
     sets = min(24, 1 + 2**28 // moved)
     tables = lay_tables(lengths, sets)
     cache = random(2, int(tables.max()) + 1, BLOCK, kv_heads, dim)
+    if in_8_bits:
+        cache, moved = cache.to(E4M3), moved // 2
     q = random(len(lengths), heads, dim)
     out = torch.full_like(q, float("nan"))
     contexts = torch.tensor(lengths, device="cuda", dtype=torch.int32)
@@ -142,7 +150,8 @@ def check_attention(
         ]
 
     # for the sum of a layer: context 256 everywhere
-    rows = len(lengths) if set(lengths) == {256} and shape == SEVEN and splits is None else 0
+    usual = shape == SEVEN and splits is None and not in_8_bits
+    rows = len(lengths) if set(lengths) == {256} and usual else 0
     return Check(f"attention {label}", kernel, reference, SUMMED, moved, sets=sets, rows=rows)
 
 
@@ -269,6 +278,9 @@ def list_checks() -> Iterator[partial[Check]]:
     yield partial(check_attention, "B=8 context 1024 G=8", [1024] * 8, (32, 8, 128))
     ragged = [1, 0, 15, 16, 17, 500, 33, 2000]
     yield partial(check_attention, "ragged H=9 G=3 D=64", ragged, (9, 3, 64))
+    narrow = partial(check_attention, in_8_bits=True)
+    yield partial(narrow, "B=8 context 1024, 8 bits", [1024] * 8, SEVEN)
+    yield partial(narrow, "ragged H=9 G=3 D=64, 8 bits", ragged, (9, 3, 64))
     yield partial(check_attention, "ragged H=8 G=2 D=80", ragged, (8, 2, 80))
     for check in (check_shrink, check_expand):
         for rows in (1, 8, 64):

@@ -49,14 +49,14 @@ def main() -> int:
     ids = passages(checkpoint, arguments.passages, arguments.length).to(device)
     exact = whole_loss(in_float32(load(checkpoint, device)), ids)
     theirs = whole_loss(load(checkpoint, device), ids)
-    model = paged(load(checkpoint, device), checkpoint)
-    cached = E4M3 if arguments.kv_cache == "fp8" else model.dtype
-    losses = {batch: decoded_loss(model, ids, batch, cached) for batch in arguments.batches}
+    cached = E4M3 if arguments.kv_cache == "fp8" else None
+    model = paged(load(checkpoint, device), checkpoint, cached)
+    losses = {batch: decoded_loss(model, ids, batch) for batch in arguments.batches}
     off = {f"batches of {batch}": math.expm1(loss - exact) for batch, loss in losses.items()}
     record = {
         "machine": machine() if ids.is_cuda else "CPU",
         "tokens": ids[:, 1:].numel(),
-        "keys and values": str(cached),
+        "keys and values": str(model.cached),
         "perplexity": round(math.exp(exact), 4),
         "transformers is off by, %": round(100 * math.expm1(theirs - exact), 4),
         "PagedLlama is off by, %": {name: round(100 * value, 4) for name, value in off.items()},
@@ -107,16 +107,16 @@ def whole_loss(model: Any, ids: torch.Tensor) -> float:
     return sum(losses) / ids[:, 1:].numel()
 
 
-def paged(model: Any, checkpoint: Checkpoint) -> PagedLlama:
+def paged(model: Any, checkpoint: Checkpoint, cached: torch.dtype | None) -> PagedLlama:
     shapes = linear_shapes(checkpoint)
     stacks = AdapterStacks(
         model.config.num_hidden_layers, shapes, dtype=model.dtype, device=model.device
     )
-    return PagedLlama(model, stacks)
+    return PagedLlama(model, stacks, cached)
 
 
 @torch.inference_mode()
-def decoded_loss(model: PagedLlama, ids: torch.Tensor, batch: int, cached: torch.dtype) -> float:
+def decoded_loss(model: PagedLlama, ids: torch.Tensor, batch: int) -> float:
     length = ids.shape[1] - 1
     blocks = -(-length // BLOCK)
     cache = KVCache(
@@ -125,7 +125,7 @@ def decoded_loss(model: PagedLlama, ids: torch.Tensor, batch: int, cached: torch
         block_size=BLOCK,
         kv_heads=model.config.num_key_value_heads,
         head_dim=model.head_dim,
-        dtype=cached,
+        dtype=model.cached,
         device=model.device,
     )
     numbers = torch.arange(batch * blocks, dtype=torch.int32, device=model.device)

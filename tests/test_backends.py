@@ -1,6 +1,7 @@
 """Both backends on the real demo model keep the same promises: answers, adapters, ends, deaths."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -242,8 +243,17 @@ def test_a_text_is_scored_token_by_token(engine: ChatEngine) -> None:
     assert engine.score("The capital of France is Paris.").logprobs[-2] > -2.0
 
 
-def test_keys_and_values_in_8_bits(trained: Path) -> None:
-    options: dict[str, Any] = {"device": "cpu", "adapters": {"zunda": trained}}
+def test_keys_and_values_in_8_bits(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "qlorachat")
+    options: dict[str, Any] = {"device": "cpu", "adapters": {"zunda": trained}, "memory": "700MiB"}
+    for choice in ("auto", "fp8"):
+        ChatEngine("smollm2", backend="paged", kv_cache=choice, **options).close()
+    wide, narrow = (
+        int(found[1].replace(",", ""))
+        for found in map(re.compile(r"KV cache .* for ([\d,]+) tokens").search, caplog.messages)
+        if found
+    )
+    assert 2 * wide <= narrow <= 2 * wide + 16
     with ChatEngine("smollm2", backend="paged", kv_cache="fp8", **options) as engine:
         assert "Paris" in engine.chat(PROMPTS[0], **GREEDY).text
         assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE

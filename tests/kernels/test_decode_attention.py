@@ -12,6 +12,7 @@ from qlorachat.kernels import (
     rope_and_cache,
 )
 from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.tiles import untile
 from tests.kernels.cases import POISON, make_paged
 from tests.kernels.step_cases import (
@@ -183,20 +184,21 @@ def test_splits_are_powers_of_two() -> None:
             assert splits <= width
 
 
-def compile_attention(head_dim: int, group: int) -> bytes:
-    shape = decode_attention.definitions(group, 1, head_dim)
+def compile_attention(head_dim: int, group: int, cached: torch.dtype = torch.bfloat16) -> bytes:
+    shape = decode_attention.definitions(group, 1, head_dim, cached)
     definitions = ["BF16=1", "SHARED_BASE=0", *shape]
     return cuda_source.compile_source("decode_attention.cu", "sm_90a", definitions)
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("cached", [torch.bfloat16, E4M3])
 @pytest.mark.parametrize(
     ("head_dim", "group"),
     [(64, 1), (64, 3), (64, 8), (128, 1), (128, 4), (128, 8), (256, 1), (256, 4)],
 )
-def test_the_source_compiles(head_dim: int, group: int) -> None:
+def test_the_source_compiles(head_dim: int, group: int, cached: torch.dtype) -> None:
     assert decode_attention.why_not(group, 1, head_dim) is None
-    code = compile_attention(head_dim, group)
+    code = compile_attention(head_dim, group, cached)
     assert code.startswith(b"\x7fELF")
     assert b"\0attend\0" in code
 

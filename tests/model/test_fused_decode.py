@@ -11,12 +11,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlorachat.kernels import cuda_source
+from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.tiles import untile
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fused_decode, fusion
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
 from qlorachat.model.lora import AdapterStacks, LoraRows
 from qlorachat.model.nf4_linear import Nf4Linear
 
+HALF = torch.bfloat16
 LAYERS, HIDDEN, HEADS, KV_HEADS, INNER, BLOCK = 2, 192, 3, 1, 320, 16
 MOST_ROWS = 10
 
@@ -186,22 +188,24 @@ def raise_memory_error(*arguments: object) -> None:
 
 def test_why_a_model_is_not_fused(model: PagedLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, shape = model._layers, (HEADS, KV_HEADS, HIDDEN // HEADS)
-    assert why_not_fused(layers, torch.bfloat16, *shape) == "the card is no Hopper"
+    assert why_not_fused(layers, HALF, HALF, *shape) == "the card is no Hopper"
     monkeypatch.setattr(fused_decode, "runs_tiled", lambda device: True)
     with monkeypatch.context() as broken:
         broken.setattr(cuda_source, "load", raise_runtime_error)
-        assert "the driver does not take" in str(why_not_fused(layers, torch.bfloat16, *shape))
+        assert "the driver does not take" in str(why_not_fused(layers, HALF, HALF, *shape))
     loaded: list[object] = []
     monkeypatch.setattr(cuda_source, "load", lambda names, *given: loaded.append((*names, *given)))
-    assert why_not_fused(layers, torch.bfloat16, *shape) is None
-    like = (torch.bfloat16, torch.device("cpu"))
+    assert why_not_fused(layers, HALF, HALF, *shape) is None
+    like = (HALF, torch.device("cpu"))
     heads = ("HEAD_DIM=64", "GROUP=3", "IN_8_BITS=0")
     assert loaded == [("decode_step.cu", *like), ("decode_attention.cu", *like, heads)]
-    assert "float16" in str(why_not_fused(layers, torch.float16, *shape))
-    assert "80 wide" in str(why_not_fused(layers, torch.bfloat16, 3, 1, 80))
+    assert why_not_fused(layers, HALF, E4M3, *shape) is None
+    assert loaded[-1] == ("decode_attention.cu", *like, (*heads[:2], "IN_8_BITS=1"))
+    assert "float16" in str(why_not_fused(layers, torch.float16, torch.float16, *shape))
+    assert "80 wide" in str(why_not_fused(layers, HALF, HALF, 3, 1, 80))
     dense = replace(layers[1], down=nn.Linear(INNER, HIDDEN))
-    assert "NF4" in str(why_not_fused([layers[0], dense], torch.bfloat16, *shape))
+    assert "NF4" in str(why_not_fused([layers[0], dense], HALF, HALF, *shape))
     down = layers[1].down
     assert isinstance(down, Nf4Linear)
     down.bias = torch.zeros(HIDDEN)
-    assert why_not_fused(layers, torch.bfloat16, *shape) == "projections have biases"
+    assert why_not_fused(layers, HALF, HALF, *shape) == "projections have biases"

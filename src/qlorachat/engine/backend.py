@@ -61,11 +61,8 @@ class PagedBackend:
             config.num_hidden_layers, self.info.shapes, dtype=opened.model.dtype, device=device
         )
         reserved = adapters.bytes_of(max(1, adapters_expected), adapter_rank)
-        model = PagedLlama(opened.model, adapters)
-        cached = E4M3 if kv_cache == "fp8" else model.dtype
-        self.plan = _plan(
-            model, cached, self.info.context_length, reserved, self.info.memory_bytes, memory
-        )
+        model = PagedLlama(opened.model, adapters, E4M3 if kv_cache == "fp8" else None)
+        self.plan = _plan(model, self.info.context_length, reserved, self.info.memory_bytes, memory)
         log.info("%s", self.plan)
         cache = KVCache(
             layers=config.num_hidden_layers,
@@ -73,7 +70,7 @@ class PagedBackend:
             block_size=BLOCK_SIZE,
             kv_heads=config.num_key_value_heads,
             head_dim=model.head_dim,
-            dtype=cached,
+            dtype=model.cached,
             device=device,
         )
         self._slots = AdapterSlots(max_adapters)
@@ -241,18 +238,13 @@ class PagedBackend:
 
 
 def _plan(
-    model: PagedLlama,
-    cached: torch.dtype,
-    context_length: int,
-    adapters: int,
-    weights: int,
-    memory: str | None,
+    model: PagedLlama, context_length: int, adapters: int, weights: int, memory: str | None
 ) -> MemoryPlan:
     per_token = KVCache.bytes_per_token(
         layers=model.config.num_hidden_layers,
         kv_heads=model.config.num_key_value_heads,
         head_dim=model.head_dim,
-        dtype=cached,
+        dtype=model.cached,
     )
     return plan_memory(
         device=model.device,

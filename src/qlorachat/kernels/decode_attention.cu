@@ -29,7 +29,7 @@ constexpr int MOST_SPLITS = 8;
 constexpr float NOTHING = -1e30f;        // the peak of no scores; finite, for differences of two
 static_assert(LANES * TOGETHER == 32 && LOADS * TOGETHER == STEP, "HEAD_DIM of 64, 128 or 256");
 
-struct Softmax {  // of one query head, over the positions that were seen; mixed: 8 elements of a lane
+struct Softmax {  // of one query head, over the positions that were seen; mixed: 8 elements of a lane, 1 / LIFT of what they are
   float peak = NOTHING, total = 0.f, mixed[8] = {};
 
   __device__ __forceinline__ void rescale(float new_peak) {

@@ -35,12 +35,10 @@ def why_not(heads: int, kv_heads: int, head_dim: int) -> str | None:
     return None
 
 
-def definitions(
-    heads: int, kv_heads: int, head_dim: int, *, in_8_bits: bool = False
-) -> tuple[str, ...]:
+def definitions(heads: int, kv_heads: int, head_dim: int, cached: torch.dtype) -> tuple[str, ...]:
     """What `SOURCE` is compiled with."""
-    group = heads // kv_heads
-    return f"HEAD_DIM={head_dim}", f"GROUP={group}", f"IN_8_BITS={int(in_8_bits)}"
+    in_8_bits = int(cached == eight_bits.E4M3)
+    return f"HEAD_DIM={head_dim}", f"GROUP={heads // kv_heads}", f"IN_8_BITS={in_8_bits}"
 
 
 def attend_sums(
@@ -97,8 +95,7 @@ def attend_sums(
     block_size = key_cache.shape[1]
     assert block_size >= _STEP
     assert block_size.bit_count() == 1
-    in_8_bits = key_cache.dtype == eight_bits.E4M3
-    shape = definitions(heads, kv_heads, head_dim, in_8_bits=in_8_bits)
+    shape = definitions(heads, kv_heads, head_dim, key_cache.dtype)
     function = cuda_source.load_kernel(
         *(SOURCE, out.dtype, "attend", out.device, shape),
         shared_percent=cuda_source.STEP_SHARED,

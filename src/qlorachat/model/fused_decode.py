@@ -27,9 +27,14 @@ from qlorachat.model.rows import DecodeRows, Rows
 
 
 def why_not_fused(
-    layers: Sequence[Layer], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+    layers: Sequence[Layer],
+    dtype: torch.dtype,
+    cached: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
 ) -> str | None:
-    """Why a model's decode steps can't be fused; None: they can."""
+    """Why a model's decode steps can't be fused; None: they can. cached: of keys and values."""
     projections = [each for layer in layers for each in layer.projections]
     if not all(isinstance(each, Nf4Linear) for each in projections):
         return "not all projections are in NF4 on our kernels"
@@ -44,7 +49,7 @@ def why_not_fused(
     try:
         device = layers[0].attention_norm.device
         cuda_source.load([decode_step.SOURCE], dtype, device)
-        shape = decode_attention.definitions(heads, kv_heads, head_dim)
+        shape = decode_attention.definitions(heads, kv_heads, head_dim, cached)
         cuda_source.load([decode_attention.SOURCE], dtype, device, shape)
     except (RuntimeError, OSError) as error:
         return f"the driver does not take what NVRTC compiles ({error})"

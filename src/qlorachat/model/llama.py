@@ -25,11 +25,15 @@ class PagedLlama:
     The transformers model is used up: its projections are moved, not copied.
     """
 
-    def __init__(self, model: Any, adapters: AdapterStacks) -> None:
+    def __init__(
+        self, model: Any, adapters: AdapterStacks, cached: torch.dtype | None = None
+    ) -> None:
+        """cached: the dtype of keys and values, `kernels.eight_bits.E4M3` or the model's (None)."""
         _say_whose_kernels(model)
         self.config = model.config
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.cached: torch.dtype = cached or model.dtype
         self.adapters = adapters
         self.head_dim: int = model.model.layers[0].self_attn.head_dim
         self._embedding: torch.Tensor = model.get_input_embeddings().weight
@@ -43,7 +47,7 @@ class PagedLlama:
         ]
         self._fused: FusedDecode | None = None
         heads = (model.config.num_attention_heads, model.config.num_key_value_heads, self.head_dim)
-        if (reason := why_not_fused(self._layers, self.dtype, *heads)) is None:
+        if (reason := why_not_fused(self._layers, self.dtype, self.cached, *heads)) is None:
             rope = (self._cos, self._sin)
             self._fused = FusedDecode(self._layers, self._embedding, rope, self._epsilon)
         elif runs_tiled(self.device):

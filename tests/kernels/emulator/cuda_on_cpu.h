@@ -696,13 +696,11 @@ inline void barrier_cluster_arrive_relaxed_aligned() {
   cluster_arrived++;
   release_cluster();
 }
-inline void barrier_cluster_arrive_release_aligned() { barrier_cluster_arrive_relaxed_aligned(); }
 inline void barrier_cluster_wait_aligned() {
   if (now->cluster_phase < 0) ON_CPU_FAIL("it waits at the cluster's barrier without having arrived");
   if (now->cluster_phase == cluster_phase) wait(CLUSTER);
   now->cluster_phase = -1;
 }
-inline void barrier_cluster_wait_acquire_aligned() { barrier_cluster_wait_aligned(); }
 
 inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
     const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a, const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
@@ -831,11 +829,9 @@ inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_b
 
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 template <class T> T __ldg(const T* at) { return *reinterpret_cast<const T*>(on_cpu::global(at, sizeof(T), "__ldg")); }
@@ -887,7 +883,6 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   on_cpu::check_mask(mask);
   return on_cpu::ballot(value);
 }
-inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
