@@ -4,8 +4,8 @@
 
 Random NF4 weights of the Llama-2-7B shape with an adapter on all linear layers. Logits of the two
 are compared first, then each row is timed by the wall clock, with scheduling, sampling and hand-out
-of tokens inside. Writes bench/results/decode.json, or decode_fp8.json with keys and values in 8
-bits.
+of tokens inside. Writes bench/results/decode.json, named further with keys and values in 8 bits
+and with what cards before Hopper run.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from as_ampere import as_ampere
 from qlorachat.adapters import Adapter
 from qlorachat.engine.backend import PagedBackend
 from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
@@ -62,11 +63,17 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--as-ampere", action="store_true", help="what cards before Hopper run")
     arguments = parser.parse_args()
+    with as_ampere(arguments.as_ampere):
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
     model = build(arguments.size, "cuda")
     one = adapter(model, rank=arguments.rank, seed=1)
     record: dict[str, Any] = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
-    record["kv_cache"] = arguments.kv_cache
+    record |= {"kv_cache": arguments.kv_cache, "as_ampere": arguments.as_ampere}
     print(record, flush=True)
     reference = peer(model, one, record, timed=not arguments.no_peer)
     backend = PagedBackend(
@@ -95,8 +102,11 @@ def main() -> None:
 def note(record: dict[str, Any], name: str, value: object) -> None:
     """Kept at once: a run that is cut short has what it measured."""
     record[name] = value
-    results = RESULTS / ("decode.json" if record["kv_cache"] == "auto" else "decode_fp8.json")
-    results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    file = "decode"
+    file += "" if record["kv_cache"] == "auto" else f"_{record['kv_cache']}"
+    file += "_as_ampere" if record["as_ampere"] else ""
+    text = json.dumps(record, indent=2) + "\n"
+    (RESULTS / f"{file}.json").write_text(text, encoding="utf-8")
     print(f"{name}: {value}", flush=True)
 
 

@@ -1,6 +1,6 @@
-"""The CUDA kernels of a fused decode step on a Hopper card, against their references.
+"""The CUDA kernels of a fused decode step on a card, against their references.
 
-    PYTHONPATH=src python bench/fused_check.py
+    PYTHONPATH=src python bench/fused_check.py [--as-ampere]
 
 Random inputs from 1 to 64 rows, ranks 16 to 512, several slots, heads of 64 to 256 and groups of 1
 to 8, contexts from nothing to thousands of positions in 16 and 8 bits, NaN where nothing may look.
@@ -8,6 +8,7 @@ Each launch is repeated: what has no atomic adds must come out equal to the bit,
 spread of float32 sums; A x, of the x that was written. Ends with status 1 if a kernel differs.
 """
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 
+from as_ampere import as_ampere
 from qlorachat.kernels import decode_attention, decode_step
+from qlorachat.kernels.decode_attention import make_meeting
 from qlorachat.kernels.decode_lora import Shrinking, shrink_reference
 from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.tiles import rows_padded, tiled_shape, untile
@@ -118,6 +121,7 @@ def attention_cases() -> Iterator[Case]:
             cache = cache.to(E4M3)
         angles = torch.rand(4096, dim, device="cuda")
         heading = f"attend_sums, {rows} rows, heads {heads}/{kv_heads}/{dim}, {cache.dtype}"
+        meeting = make_meeting(rows, heads, kv_heads, dim, cache.device, splits)
         yield (
             f"{heading}, rank {rank}, splits {splits}",
             decode_attention.attend_sums,
@@ -127,7 +131,7 @@ def attention_cases() -> Iterator[Case]:
                 *(angles.cos().bfloat16(), angles.sin().bfloat16(), places),
                 *(torch.where(context > 0, slots, -1), *cache.unbind(), tables, context),
                 *(dim**-0.5, tiled(rows, heads * dim), shrinking(rows, heads * dim, rank)),
-                *(() if splits is None else (splits,)),
+                *((meeting,) if splits is None else (meeting, splits)),
             ),
         )
 
@@ -151,7 +155,7 @@ def check(case: Case) -> str | None:
     """What differs, in a few words."""
     name, kernel, reference, arguments = case
     runs = [[copy(argument) for argument in arguments] for _ in range(3)]
-    reference(*runs[2][: reference.__code__.co_argcount])  # it has no splits
+    reference(*runs[2][: reference.__code__.co_argcount])  # it has no meeting and splits
     for own in runs[:2]:
         kernel(*own)
     torch.cuda.synchronize()
@@ -186,10 +190,12 @@ def shrunk_well(run: Sequence[Any], given: Sequence[Any]) -> bool:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--as-ampere", action="store_true", help="what cards before Hopper run")
     torch.manual_seed(0)
     failed, counted = [], 0
-    for cases in (step_cases, attention_cases):
-        for case in cases():
+    with as_ampere(parser.parse_args().as_ampere):
+        for case in itertools.chain(step_cases(), attention_cases()):
             counted += 1
             if problem := check(case):
                 failed.append(problem)

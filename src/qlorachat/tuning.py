@@ -11,14 +11,12 @@ from qlorachat.errors import ConfigError
 from qlorachat.kernels import nf4, tuned
 from qlorachat.kernels.decode_lora import Expanding
 from qlorachat.kernels.device import count_processors
-from qlorachat.kernels.nf4_matmul import nf4_matmul
-from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 from qlorachat.model.lora import GROUPS
 
 cuda: Any = torch.cuda
-ROWS = (1, 16, 32)  # each stands for all that are padded like it
-TILED_ROWS = (*ROWS, 64)
+ROWS = (1, 16, 32, 64)  # each stands for all that are padded like it
 WAVES = (0.75, 0.9, 0.97, 1.0, 1.5, 1.94, 2.0, 3.0)  # blocks for each processor
 ROTATED = 8  # times the L2: weights that a measurement walks through
 GAIN = 0.99  # of the time that is kept before; less is noise
@@ -28,7 +26,6 @@ GAIN = 0.99  # of the time that is kept before; less is noise
 class Tuned:
     """One product: microseconds as it was launched before, and with the blocks that were best."""
 
-    kernel: str
     rows: int
     shape: tuple[int, int]
     before: float
@@ -52,15 +49,13 @@ def _tune(products: Sequence[tuple[tuple[int, ...], int]], device: torch.device)
         for heights, columns in products:
             weights = _random_weights(heights, columns, device)
             for rows in ROWS:
-                yield _keep(_measure("nf4_matmul", _plain(weights[0], rows), weights, rows), device)
-            for rows in TILED_ROWS if runs_tiled(device) else ():
-                launch = _tiled(weights[0], rows)
-                yield _keep(_measure("nf4_matmul_tiled", launch, weights, rows), device)
+                launch = _with_adapter(weights[0], rows)
+                yield _keep(_measure(launch, weights, rows), device)
 
 
 def _keep(best: Tuned, device: torch.device) -> Tuned:
     if best.blocks is not None:
-        key = best.kernel, rows_padded(best.rows), best.shape
+        key = rows_padded(best.rows), best.shape
         try:
             tuned.keep({key: best.blocks}, device)
         except OSError as error:
@@ -113,34 +108,26 @@ def _random_weights(
     ]
 
 
-def _measure(kernel: str, launch: "Launch", weights: Sequence[nf4.Nf4Matrix], rows: int) -> Tuned:
+def _measure(launch: "Launch", weights: Sequence[nf4.Nf4Matrix], rows: int) -> Tuned:
     device, shape = weights[0].packed.device, (weights[0].rows, weights[0].columns)
     before = _time(launch, weights, None)
     counts = sorted({round(waves * count_processors(device)) for waves in WAVES})
     times = {blocks: _time(launch, weights, blocks) for blocks in counts}
     blocks = min(times, key=lambda each: times[each])
     if times[blocks] > GAIN * before:
-        return Tuned(kernel, rows, shape, before, before, None)
-    return Tuned(kernel, rows, shape, before, times[blocks], blocks)
+        return Tuned(rows, shape, before, before, None)
+    return Tuned(rows, shape, before, times[blocks], blocks)
 
 
 Launch = Callable[[nf4.Nf4Matrix, int | None], None]
 
 
-def _plain(weight: nf4.Nf4Matrix, rows: int) -> Launch:
-    x = _random_rows(weight, rows)
-
-    def launch(weight: nf4.Nf4Matrix, blocks: int | None) -> None:
-        nf4_matmul(x, weight, blocks=blocks)
-
-    return launch
-
-
-def _tiled(weight: nf4.Nf4Matrix, rows: int) -> Launch:
+def _with_adapter(weight: nf4.Nf4Matrix, rows: int) -> Launch:
     """With an adapter of rank 16 beside the weight."""
-    ranks, padded = 16 * len(weight.heights), rows_padded(rows)
-    x = tile(_random_rows(weight, rows), padded)
-    sums = torch.zeros(rows, weight.rows, device=x.device)
+    ranks, device = 16 * len(weight.heights), weight.packed.device
+    plain = torch.randn(rows, weight.columns, device=device, dtype=weight.pairs.dtype)
+    x = tile(plain, rows_padded(rows))
+    sums = torch.zeros(rows, weight.rows, device=device)
     adapter = Expanding(
         shrunk=torch.zeros(rows, ranks, device=x.device),
         b=torch.randn(1, weight.rows, 16, device=x.device, dtype=x.dtype),
@@ -152,11 +139,6 @@ def _tiled(weight: nf4.Nf4Matrix, rows: int) -> Launch:
         nf4_matmul_tiled(x, weight, sums, adapter, blocks=blocks)
 
     return launch
-
-
-def _random_rows(weight: nf4.Nf4Matrix, rows: int) -> torch.Tensor:
-    shape, device = (rows, weight.columns), weight.packed.device
-    return torch.randn(shape, device=device, dtype=weight.pairs.dtype)
 
 
 def _time(launch: Launch, weights: Sequence[nf4.Nf4Matrix], blocks: int | None) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlorachat.kernels import cuda_source, nf4_matmul, nf4_tiled
+from qlorachat.kernels import cuda_source, decode_attention, nf4_matmul
 from tests.kernels import emulator
 
 
@@ -13,14 +13,20 @@ def compiled_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> emulator.Emula
     return emulator.Emulator(tmp_path_factory.mktemp("kernels"))
 
 
-@pytest.fixture
-def card(compiled_for_cpu: emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
-    """Launches on tensors that are `OnCard` run on this CPU."""
+@pytest.fixture(params=[emulator.HOPPER, emulator.AMPERE], ids=lambda card: card.name)
+def card(
+    request: pytest.FixtureRequest,
+    compiled_for_cpu: emulator.Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> emulator.Emulator:
+    """Launches on tensors that are `OnCard` run on this CPU, as on each kind of card."""
+    kind: emulator.Card = request.param
     monkeypatch.setattr(cuda_source, "load_kernel", compiled_for_cpu.load_kernel)
     monkeypatch.setattr(cuda_source, "launch", compiled_for_cpu.launch)
-    monkeypatch.setattr(cuda_source, "shared_bytes", lambda device: emulator.SHARED_BYTES)
-    monkeypatch.setattr(nf4_matmul, "starts_early", lambda device: True)
-    for module in (nf4_matmul, nf4_tiled):
-        monkeypatch.setattr(module, "tuned_blocks", lambda *key: None)
+    monkeypatch.setattr(cuda_source, "shared_bytes", lambda device: kind.shared_bytes)
+    monkeypatch.setattr(decode_attention, "starts_early", lambda device: kind.starts_early)
+    monkeypatch.setattr(nf4_matmul, "is_hopper", lambda device: kind is emulator.HOPPER)
+    monkeypatch.setattr(nf4_matmul, "tuned_blocks", lambda *key: None)
+    compiled_for_cpu.card = kind
     compiled_for_cpu.launched.clear()
     return compiled_for_cpu

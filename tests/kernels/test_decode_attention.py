@@ -11,10 +11,11 @@ from qlorachat.kernels import (
     paged_decode_attention,
     rope_and_cache,
 )
-from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels.decode_attention import attend_sums, make_meeting
 from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.tiles import untile
 from tests.kernels.cases import POISON, make_paged
+from tests.kernels.emulator import AMPERE, HOPPER, Card
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
@@ -149,12 +150,24 @@ def test_why_a_model_has_no_kernel(
     assert decode_attention.why_not(heads, kv_heads, head_dim) == reason
 
 
-@pytest.fixture
-def processors(monkeypatch: pytest.MonkeyPatch) -> None:
+A100, BLACKWELL = Card("A100", 800, 163 * 1024), Card("Blackwell", 1200, 99 * 1024)
+CARDS = {HOPPER: "sm_90a", A100: "sm_80", AMPERE: "sm_86", BLACKWELL: "sm_120"}
+ON_CARD = torch.device("cuda", 0)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, card: Card) -> None:
+    """What launchers ask of a card, with PROCESSORS of them."""
     monkeypatch.setattr(decode_attention, "count_processors", lambda device: PROCESSORS)
+    monkeypatch.setattr(decode_attention, "starts_early", lambda device: card.starts_early)
+    monkeypatch.setattr(cuda_source, "shared_bytes", lambda device: card.shared_bytes)
 
 
-@pytest.mark.usefixtures("processors")
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, HOPPER)
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     ("heads", "width", "splits"),
     [
@@ -172,38 +185,58 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_contexts_are_split_to_fill_a_card(heads: int, width: int, splits: int) -> None:
-    assert decode_attention._choose_splits(heads, width, torch.device("cuda", 0)) == splits
+    assert decode_attention._choose_splits(heads, width, ON_CARD) == splits
 
 
-@pytest.mark.usefixtures("processors")
+@pytest.mark.usefixtures("hopper")
 def test_splits_are_powers_of_two() -> None:
     for heads in range(1, 1000):
         for width in range(1, 20):
-            splits = decode_attention._choose_splits(heads, width, torch.device("cuda", 0))
+            splits = decode_attention._choose_splits(heads, width, ON_CARD)
             assert splits in (1, 2, 4, 8)
             assert splits <= width
 
 
-def compile_attention(head_dim: int, group: int, cached: torch.dtype = torch.bfloat16) -> bytes:
-    shape = decode_attention.definitions(group, 1, head_dim, cached)
-    definitions = ["BF16=1", "SHARED_BASE=0", *shape]
-    return cuda_source.compile_source("decode_attention.cu", "sm_90a", definitions)
+def compile_attention(
+    head_dim: int, group: int, cached: torch.dtype = torch.bfloat16, architecture: str = "sm_90a"
+) -> bytes:
+    shape = decode_attention.definitions(group, 1, head_dim, cached, ON_CARD)
+    definitions = ["SHARED_BASE=0", *shape]
+    return cuda_source.compile_source("decode_attention.cu", architecture, definitions)
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("card", CARDS, ids=CARDS.get)
 @pytest.mark.parametrize("cached", [torch.bfloat16, E4M3])
 @pytest.mark.parametrize(
     ("head_dim", "group"),
     [(64, 1), (64, 3), (64, 8), (128, 1), (128, 4), (128, 8), (256, 1), (256, 4)],
 )
-def test_the_source_compiles(head_dim: int, group: int, cached: torch.dtype) -> None:
+def test_the_source_compiles(
+    head_dim: int, group: int, cached: torch.dtype, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert decode_attention.why_not(group, 1, head_dim) is None
-    code = compile_attention(head_dim, group, cached)
+    pretend(monkeypatch, card)
+    code = compile_attention(head_dim, group, cached, CARDS[card])
     assert code.startswith(b"\x7fELF")
     assert b"\0attend\0" in code
 
 
+def test_a_smaller_card_has_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    for card, blocks, stages in ((HOPPER, 4, 3), (A100, 3, 3), (AMPERE, 2, 2), (BLACKWELL, 2, 2)):
+        pretend(monkeypatch, card)
+        assert decode_attention._most_blocks(device) == blocks * PROCESSORS
+        assert f"STAGES={stages}" in decode_attention.definitions(1, 1, 64, E4M3, device)
+        meeting = make_meeting(3, 8, 2, 64, device)
+        assert meeting.sums.shape == (blocks * PROCESSORS, 4 * 66)
+        assert meeting.arrived.shape == (6,)
+        assert make_meeting(64, 64, 32, 64, device).sums.shape == (2048, 2 * 66)
+        assert make_meeting(3, 8, 2, 64, device, splits=4).sums.shape == (24, 4 * 66)
+
+
 @needs_nvrtc
+@pytest.mark.usefixtures("hopper")
 def test_the_source_refuses_other_heads() -> None:
     with pytest.raises(RuntimeError, match="HEAD_DIM of 64, 128 or 256"):
         compile_attention(80, 1)

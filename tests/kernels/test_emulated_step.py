@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlorachat.kernels.attention import paged_decode_attention_reference
-from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels.decode_attention import Meeting, attend_sums, make_meeting
 from qlorachat.kernels.decode_lora import Shrinking
 from qlorachat.kernels.decode_step import (
     add_to_residual,
@@ -45,8 +45,8 @@ def make_half_shrinking(rows: int, columns: int, rank: int | None) -> Shrinking 
 
 
 def copied(argument: Any, kind: type[torch.Tensor]) -> Any:
-    if isinstance(argument, Shrinking):
-        return Shrinking(*(tensor.clone() for tensor in argument))
+    if isinstance(argument, Shrinking | Meeting):
+        return type(argument)(*(tensor.clone() for tensor in argument))
     if not isinstance(argument, torch.Tensor):
         return argument
     return argument.clone().as_subclass(kind)
@@ -97,6 +97,7 @@ def check(
                 assert other.dtype == torch.float32 or same(own, ours[0])
     for run in runs:
         check_shrunk(run, arguments)
+        assert not any(each.arrived.any() for each in run if isinstance(each, Meeting))
     assert len(card.launched) == len(SEEDS)
 
 
@@ -165,7 +166,7 @@ def attend_in_float32(
 
     A x is left to `check_shrunk`.
     """
-    *_, keys, values, tables, lengths, scale, out, _ = rest
+    *_, keys, values, tables, lengths, scale, out, _, _ = rest
     qkv = (take_sums_reference(sums) * inverse_rms_reference(squares, width, eps)).bfloat16()
     q = rope_and_cache_reference(qkv, *rest[:6])
     caches = (keys.float(), values.float())
@@ -203,8 +204,12 @@ def test_attention(
         context = context._replace(key_cache=caches[0], value_cache=caches[1])
     out = make_tiled(torch.bfloat16, columns, rows_padded(rows))
     shrinking = make_half_shrinking(rows, columns, rank)
+    meeting = None
+    if not card.card.starts_early:
+        shape = (rows, heads, kv_heads, head_dim)
+        meeting = make_meeting(*shape, out.device, splits)
     check(
         *(card, attend_sums, attend_in_float32),
-        *(*product, HIDDEN, EPS, *context, head_dim**-0.5, out, shrinking),
+        *(*product, HIDDEN, EPS, *context, head_dim**-0.5, out, shrinking, meeting),
         splits=splits,
     )

@@ -56,7 +56,7 @@ def small(card: Emulator, tmp_path: Path) -> Emulator:
 def run(emulator: Emulator, kernel: str, seed: int = 0) -> torch.Tensor:
     emulator.seed = seed
     b, out = torch.arange(THREADS, dtype=torch.int32), torch.full((THREADS,), 0.5)
-    function = emulator.load_kernel("small.cu", torch.bfloat16, kernel, CPU)
+    function = emulator.load_kernel("small.cu", kernel, CPU)
     arguments = (b, out, THREADS - 1)
     emulator.launch(function, (2,), THREADS, SHARED, arguments, CPU, early=True)
     return out
@@ -83,7 +83,7 @@ def test_mistakes_are_found(small: Emulator) -> None:
 
 
 def test_arguments_are_of_the_declared_types(small: Emulator) -> None:
-    function = small.load_kernel("small.cu", torch.bfloat16, "mirror", CPU)
+    function = small.load_kernel("small.cu", "mirror", CPU)
     b, out = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     wrong: list[tuple[Argument, ...]]
     wrong = [(b, out), (b, out, 1.0), (out, b, 1), (b, 1, 1), (b, out, None)]
@@ -96,7 +96,7 @@ def test_an_unknown_instruction_does_not_compile(small: Emulator, tmp_path: Path
     body = 'KERNEL(unknown) { asm volatile("fence.of_some_kind;"); }\n'
     (tmp_path / "other.cu").write_text(TYPES + body, encoding="utf-8")
     with pytest.raises(RuntimeError, match="fence_of_some_kind"):
-        small.load_kernel("other.cu", torch.bfloat16, "unknown", CPU)
+        small.load_kernel("other.cu", "unknown", CPU)
 
 
 def test_ptx_becomes_calls() -> None:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from qlorachat.kernels import cuda_source, nf4
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
-from qlorachat.kernels.nf4_matmul import nf4_matmul_reference
-from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled
+from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 from tests.kernels.step_cases import expanded, make_expanding
 
@@ -45,7 +44,7 @@ def test_the_weights_are_those_of_bitsandbytes(
     expected = torch.cat([dequantize_4bit(packed, state) for packed, state in parts])
     assert torch.equal(nf4_dequantize(matrix), expected)
     x = torch.randn(3, columns).bfloat16()
-    product = nf4_matmul_reference(x, matrix)
+    product = nf4_matmul(x, matrix)
     assert product.dtype == x.dtype
     torch.testing.assert_close(product.float(), x.float() @ expected.T, rtol=2**-8, atol=1e-4)
 
@@ -78,31 +77,33 @@ def test_a_cpu_is_told_why() -> None:
 
 # where shared memory begins
 ARCHITECTURES = {"sm_80": 0, "sm_86": 0, "sm_89": 0, "sm_90a": 1024, "sm_120": 1024}
-ROWS = {"nf4_matmul.cu": (8, 16, 32), "nf4_matmul_hopper.cu": (8, 16, 32, 64)}
+ROWS = (8, 16, 32, 64)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_the_sources_compile(architecture: str, half: int) -> None:
-    definitions = [f"BF16={half}", f"SHARED_BASE={ARCHITECTURES[architecture]}"]
-    for name, instances in ROWS.items():
-        if architecture != "sm_90a" and name == "nf4_matmul_hopper.cu":
+def test_the_sources_compile(architecture: str) -> None:
+    definitions = [f"SHARED_BASE={ARCHITECTURES[architecture]}"]
+    products = [f"nf4_matmul_{rows}{kind}" for rows in ROWS for kind in ("", "_ragged")]
+    kernels = {
+        "nf4_matmul.cu": products,
+        "nf4_matmul_hopper.cu": products if architecture == "sm_90a" else [],
+        "nf4_write_out.cu": ["nf4_write_out", "find_shared_base"],
+        "tiles.cu": ["tile"],
+    }
+    for name, wanted in kernels.items():
+        if not wanted:
             continue
         code = cuda_source.compile_source(name, architecture, definitions)
         assert code.startswith(b"\x7fELF")
-        for rows in instances:
-            assert f"nf4_matmul_{rows}".encode() in code
-            assert f"nf4_matmul_{rows}_ragged".encode() in code
-    code = cuda_source.compile_source("nf4_write_out.cu", architecture, definitions)
-    assert b"nf4_write_out" in code
-    assert b"find_shared_base" in code
+        for kernel in wanted:
+            assert b"\0" + kernel.encode() + b"\0" in code
 
 
 @needs_nvrtc
 def test_a_source_that_does_not_compile_says_why() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)does not compile for sm_80.*COLUMNS"):
-        cuda_source.compile_source("nf4_matmul.cu", "sm_80", ["BF16=1", "COLUMNS=x"])
+    with pytest.raises(RuntimeError, match=r"(?s)does not compile for sm_80.*TILES"):
+        cuda_source.compile_source("nf4_matmul.cu", "sm_80", ["TILES=x"])
 
 
 @needs_nvrtc
@@ -111,12 +112,12 @@ def test_machine_code_is_kept(
 ) -> None:
     monkeypatch.setenv("QLORACHAT_CACHE", str(tmp_path))
     caplog.set_level("INFO", "qlorachat")
-    arguments = ("nf4_write_out.cu", "sm_89", ["BF16=1", "SHARED_BASE=0"])
+    arguments = ("nf4_write_out.cu", "sm_89", ["SHARED_BASE=0"])
     made = cuda_source.machine_code(*arguments)
     (file,) = (tmp_path / "kernels").iterdir()
     assert file.read_bytes() == made
     assert cuda_source.machine_code(*arguments) == made
     assert len(caplog.messages) == 1
     assert "compiling the kernels of nf4_write_out.cu for sm_89" in caplog.messages[0]
-    cuda_source.machine_code("nf4_write_out.cu", "sm_89", ["BF16=0", "SHARED_BASE=0"])
+    cuda_source.machine_code("nf4_write_out.cu", "sm_89", ["SHARED_BASE=1024"])
     assert len(list((tmp_path / "kernels").iterdir())) == 2

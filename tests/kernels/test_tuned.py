@@ -20,19 +20,19 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_kept_is_found() -> None:
-    assert tuned.tuned_blocks("nf4_matmul", 8, (4096, 4096), CARD) is None
-    tuned.keep({("nf4_matmul", 8, (4096, 4096)): 28}, CARD)
-    path = tuned.keep({("nf4_matmul", 16, (4096, 4096)): 56}, CARD)
+    assert tuned.tuned_blocks(8, (4096, 4096), CARD) is None
+    tuned.keep({(8, (4096, 4096)): 28}, CARD)
+    path = tuned.keep({(16, (4096, 4096)): 56}, CARD)
     assert path.name.startswith("NVIDIA-Test-3060-12-GB-")
-    assert tuned.tuned_blocks("nf4_matmul", 8, (4096, 4096), CARD) == 28
-    assert tuned.tuned_blocks("nf4_matmul", 16, (4096, 4096), CARD) == 56
-    assert tuned.tuned_blocks("nf4_matmul_tiled", 8, (4096, 4096), CARD) is None
+    assert tuned.tuned_blocks(8, (4096, 4096), CARD) == 28
+    assert tuned.tuned_blocks(16, (4096, 4096), CARD) == 56
+    assert tuned.tuned_blocks(8, (4096, 11008), CARD) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 0}', '{"a": true}', '{"a": "8"}'])
 def test_a_damaged_file_is_said_and_left_out(text: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = tuned.keep({("nf4_matmul", 8, (16, 64)): 28}, CARD)
+    path = tuned.keep({(8, (16, 64)): 28}, CARD)
     path.write_text(text, encoding="utf-8")
     tuned._read.cache_clear()
-    assert tuned.tuned_blocks("nf4_matmul", 8, (16, 64), CARD) is None
+    assert tuned.tuned_blocks(8, (16, 64), CARD) is None
     assert "run `qlorachat tune` again" in caplog.text

@@ -28,9 +28,8 @@ def tune(arguments: Sequence[str]) -> None:
     checkpoint = locate(settings.model, revision=settings.revision, offline=settings.offline)
     lines = measure(linear_shapes(checkpoint), device)
     print(f"{checkpoint.name} on {device}")
-    print(f"{'kernel':<18}{'weight':>15}{'rows':>6}{'before':>12}{'after':>12}{'blocks':>8}")
+    print(f"{'weight':<15}{'rows':>6}{'before':>12}{'after':>12}{'blocks':>8}")
     for each in lines:
         weight = f"{each.shape[0]} x {each.shape[1]}"
         times = f"{each.before:>9.1f} us{each.after:>9.1f} us"
-        line = f"{each.kernel:<18}{weight:>15}{each.rows:>6}{times}{each.blocks or 'as is':>8}"
-        print(line, flush=True)
+        print(f"{weight:<15}{each.rows:>6}{times}{each.blocks or 'as is':>8}", flush=True)

@@ -1,4 +1,4 @@
-// What all sources share. Written without headers, for NVRTC; compiled with BF16 as 1 or 0 (float16).
+// What all sources share. Written without headers, for NVRTC. Numbers of 16 bit are bfloat16.
 #pragma once
 
 typedef unsigned int u32;
@@ -35,11 +35,7 @@ struct __align__(64) TensorMap { u8 opaque[128]; };
 
 // d [16, 8] += a [16, 16] b [16, 8]
 __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-#if BF16
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

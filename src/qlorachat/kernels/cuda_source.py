@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from qlorachat.durable import write_whole
-from qlorachat.kernels.device import is_hopper
+from qlorachat.kernels.device import is_hopper, starts_early
 from qlorachat.user_cache import cache_root
 
 log = logging.getLogger(__name__)
 
-HEADERS = ("common.cuh", "nf4.cuh", "sums.cuh")
+HEADERS = ("common.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh")
 
 # How a Hopper processor splits its 256 kB in a fused step, in % of the most that shared memory may
 # have: one split for every kernel, so that none waits for another.
@@ -89,21 +89,15 @@ def _read(name: str) -> bytes:
     return resources.files(__package__).joinpath(name).read_bytes()
 
 
-def load(
-    names: Sequence[str],
-    dtype: torch.dtype,
-    device: torch.device,
-    definitions: tuple[str, ...] = (),
-) -> None:
+def load(names: Sequence[str], device: torch.device, definitions: tuple[str, ...] = ()) -> None:
     """Compile and load whole sources. Raises RuntimeError, OSError."""
     for name in names:
-        _load(name, dtype, find_shared_base(device), device, definitions)
+        _load(name, find_shared_base(device), device, definitions)
 
 
 @functools.cache
 def load_kernel(
     name: str,
-    dtype: torch.dtype,
     kernel: str,
     device: torch.device,
     definitions: tuple[str, ...] = (),
@@ -114,7 +108,7 @@ def load_kernel(
     shared_percent: how a processor is to split its memory, as `STEP_SHARED`; None: the driver
     decides.
     """
-    module = _load(name, dtype, find_shared_base(device), device, definitions)
+    module = _load(name, find_shared_base(device), device, definitions)
     return _function(module, kernel, shared_bytes(device), shared_percent)
 
 
@@ -129,7 +123,7 @@ def shared_bytes(device: torch.device) -> int:
 def find_shared_base(device: torch.device) -> int:
     """Where dynamic shared memory begins, a constant to the sources; waits for the card."""
     base = torch.zeros(1, dtype=torch.int32, device=device)  # first: the driver needs a context
-    module = _load("nf4_write_out.cu", torch.bfloat16, 0, device, ())
+    module = _load("nf4_write_out.cu", 0, device, ())
     function = _function(module, "find_shared_base", 0)
     launch(function, (1,), 1, 1024, [base], device)
     return int(base)
@@ -163,8 +157,9 @@ def launch(
 
     Tensors go by address, int as int32, float as float32, None as a null pointer.
 
-    early: it waits by itself for the kernel before it (programmatic dependent launch); only where
-    `device.starts_early`. cluster: neighbours along the grid's first axis; only there too.
+    early: it waits by itself for the kernel before it, and starts earlier on cards that know that
+    (programmatic dependent launch). cluster: neighbours along the grid's first axis; only where
+    `device.starts_early`.
     """
     driver: Any = importlib.import_module("cuda.bindings.driver")
     values = tuple(_value(argument) for argument in arguments)
@@ -175,7 +170,7 @@ def launch(
     config.sharedMemBytes = shared_bytes
     config.hStream = torch.cuda.current_stream(device).cuda_stream
     attributes = []
-    if early:
+    if early and starts_early(device):
         attributes.append(driver.CUlaunchAttribute())
         attributes[-1].id = _attribute("PROGRAMMATIC_STREAM_SERIALIZATION")
         attributes[-1].value.programmaticStreamSerializationAllowed = 1
@@ -230,13 +225,12 @@ def _type(argument: Argument) -> Any:
 @functools.cache
 def _load(
     name: str,
-    dtype: torch.dtype,
     shared_base: int,
     device: torch.device,
     definitions: tuple[str, ...],
 ) -> Any:
     driver: Any = importlib.import_module("cuda.bindings.driver")
-    own = (f"BF16={int(dtype == torch.bfloat16)}", f"SHARED_BASE={shared_base}", *definitions)
+    own = (f"SHARED_BASE={shared_base}", *definitions)
     with torch.cuda.device(device):
         code = machine_code(name, architecture(device), own)
         answer = driver.cuModuleLoadData(code)

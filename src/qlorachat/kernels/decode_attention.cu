@@ -1,8 +1,8 @@
 // Rope and attention of a fused decode step: one launch from the sums of q|k|v to the input of the
-// product that follows. Compiled with HEAD_DIM, GROUP, the query heads of a key head, and IN_8_BITS,
-// whether keys and values are e4m3.
+// product that follows. Compiled with HEAD_DIM, GROUP, the query heads of a key head, STAGES, of a warp's
+// ring, IN_8_BITS, whether keys and values are e4m3, and CLUSTERS, whether the card has them.
 //
-// Blocks share out key heads, rows and, in clusters, splits of a row's context. Keys and values come
+// Blocks share out key heads, rows and splits of a row's context (Splits). Keys and values come
 // through a ring in shared memory of each warp's own, those of earlier steps before the wait for
 // q|k|v. LANES threads have one position; scores and sums are float32 on plain cores, which one query
 // head a key head leaves idle.
@@ -23,8 +23,7 @@ constexpr int STEP = 8;                  // positions of a warp at a time
 constexpr int LOADS = STEP / TOGETHER;
 constexpr int WIDTH = GROUP * HEAD_DIM;  // of the queries of one key head
 constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr int STAGES = 3;                // of a warp's ring, of a step's keys and values each
-constexpr int LOAD_BYTES = 32 * PIECE, STAGE_BYTES = 2 * LOADS * LOAD_BYTES;
+constexpr int LOAD_BYTES = 32 * PIECE, STAGE_BYTES = 2 * LOADS * LOAD_BYTES;  // a stage: a step's keys and values
 constexpr int MOST_SPLITS = 8;
 constexpr float NOTHING = -1e30f;        // the peak of no scores; finite, for differences of two
 static_assert(LANES * TOGETHER == 32 && LOADS * TOGETHER == STEP, "HEAD_DIM of 64, 128 or 256");
@@ -70,39 +69,104 @@ __device__ __forceinline__ float sum_of_position(float value) {
   return value * LIFT;
 }
 
-// Blocks of a cluster write to each other's shared memory, once all of them are there. A block's
-// mbarrier counts what came: a barrier of the cluster would wait for global memory too.
-__device__ __forceinline__ void say_started(u64* barrier, int bytes) {
-  if (threadIdx.x == 0) {
-    const u32 at = static_cast<u32>(__cvta_generic_to_shared(barrier));
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+// Sums of one context's blocks, from those that each block has.
+#if CLUSTERS
+
+// Blocks of a cluster write to each other's shared memory, once all of them are there; each puts `part` columns
+// together. A block's mbarrier counts what came: a barrier of the cluster would wait for global memory too.
+struct Splits {
+  float mixed[WIDTH], peaks[MOST_SPLITS][GROUP], totals[MOST_SPLITS][GROUP];  // from all blocks
+  u64 received;  // mbarrier
+
+  static __device__ __forceinline__ int part() { return WIDTH / gridDim.x; }
+  static __device__ __forceinline__ int first() { return blockIdx.x * part(); }
+
+  __device__ __forceinline__ void begin() {
+    if (threadIdx.x == 0) {
+      const u32 at = static_cast<u32>(__cvta_generic_to_shared(&received));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+      const int bytes = WIDTH * 4 + gridDim.x * GROUP * 8;
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
   }
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-}
-__device__ __forceinline__ void wait_started() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_received(u64* barrier) {
-  wait_barrier(static_cast<u32>(__cvta_generic_to_shared(barrier)), 0);
-}
-__device__ __forceinline__ u32 find_theirs(const void* own, int rank) {
-  u32 theirs;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(static_cast<u32>(__cvta_generic_to_shared(own))), "r"(rank));
-  return theirs;
-}
-__device__ __forceinline__ void send(float* at, int rank, float value, u64* barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(find_theirs(at, rank)),
-               "f"(value), "r"(find_theirs(barrier, rank)) : "memory");
-}
+  __device__ __forceinline__ void wait_for_others() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+  __device__ __forceinline__ u32 find_theirs(const void* own, int rank) {
+    u32 theirs;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(static_cast<u32>(__cvta_generic_to_shared(own))), "r"(rank));
+    return theirs;
+  }
+  __device__ __forceinline__ void send(float* at, int rank, float value) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(find_theirs(at, rank)),
+                 "f"(value), "r"(find_theirs(&received, rank)) : "memory");
+  }
+  __device__ __forceinline__ void leave(int column, float peak, float total, float sum) {
+    send(&mixed[blockIdx.x * part() + column % part()], column / part(), sum);
+    if (const int rank = column % HEAD_DIM, g = column / HEAD_DIM; rank < gridDim.x) {
+      send(&peaks[blockIdx.x][g], rank, peak);
+      send(&totals[blockIdx.x][g], rank, total);
+    }
+  }
+  __device__ __forceinline__ bool meet() {
+    wait_barrier(static_cast<u32>(__cvta_generic_to_shared(&received)), 0);
+    return true;
+  }
+  __device__ __forceinline__ float mixed_of(int split, int column) const { return mixed[split * part() + column - first()]; }
+  __device__ __forceinline__ float peak_of(int split, int g) const { return peaks[split][g]; }
+  __device__ __forceinline__ float total_of(int split, int g) const { return totals[split][g]; }
+};
+
+#else
+
+// Blocks leave their sums in global memory; the last one of a context puts all columns together.
+struct Splits {
+  static constexpr int LEFT = WIDTH + 2 * GROUP;  // by a block: mixed, peaks, totals
+  float* sums;   // [rows, kv_heads, splits, LEFT]
+  int* arrived;  // [rows, kv_heads], zero between launches
+  int before;    // blocks of this context that were here earlier
+
+  static __device__ __forceinline__ int part() { return WIDTH; }
+  static __device__ __forceinline__ int first() { return 0; }
+
+  __device__ __forceinline__ void begin(float* all_sums, int* all_arrived) {
+    if (threadIdx.x) return;
+    const int context = blockIdx.z * gridDim.y + blockIdx.y;
+    sums = all_sums + static_cast<u64>(context) * gridDim.x * LEFT;
+    arrived = all_arrived + context;
+  }
+  __device__ __forceinline__ void wait_for_others() {}
+  __device__ __forceinline__ void leave(int column, float peak, float total, float sum) {
+    float* own = sums + blockIdx.x * LEFT;
+    own[column] = sum;
+    if (column % HEAD_DIM) return;
+    own[WIDTH + column / HEAD_DIM] = peak;
+    own[WIDTH + GROUP + column / HEAD_DIM] = total;
+  }
+  __device__ __forceinline__ bool meet() {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) before = atomicAdd(arrived, 1);
+    __syncthreads();
+    if (before + 1 < gridDim.x) return false;
+    __threadfence();
+    if (threadIdx.x == 0) *arrived = 0;
+    return true;
+  }
+  __device__ __forceinline__ float mixed_of(int split, int column) const { return __ldcg(sums + split * LEFT + column); }
+  __device__ __forceinline__ float peak_of(int split, int g) const { return __ldcg(sums + split * LEFT + WIDTH + g); }
+  __device__ __forceinline__ float total_of(int split, int g) const { return __ldcg(sums + split * LEFT + WIDTH + GROUP + g); }
+};
+
+#endif
 
 struct Scratch {
   float qkv[WIDTH + 2 * HEAD_DIM];  // of this row and key head, normed, before rope
   float queries[WIDTH];             // after it, times scale
   __align__(16) u16 fresh[2][HEAD_DIM];  // key and value of the new position
   float peaks[WARPS][GROUP], totals[WARPS][GROUP];
-  float sent[WIDTH], sent_peaks[MOST_SPLITS][GROUP], sent_totals[MOST_SPLITS][GROUP];  // from a cluster's blocks
-  u64 received;                     // mbarrier of what is sent
+  Splits all;                       // where a context has several blocks
 };
 
 // 16 bytes into shared memory, zeros where they are not wanted.
@@ -150,14 +214,18 @@ struct Cache {
 
 __device__ __forceinline__ void attend(float* sums, const float* squares, const Cache& cache, const u16* cos,
                                        const u16* sin, u16* out, const Adapters& adapters, float share, float eps,
-                                       float scale, int padded) {
+                                       float scale, int padded, float* split_sums, int* arrived) {
   constexpr int COLUMNS = WIDTH + 2 * HEAD_DIM, ITEMS = (COLUMNS + THREADS - 1) / THREADS;
   const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   __shared__ Scratch scratch;
   u8* ring = shared + warp * STAGES * STAGE_BYTES;
   let_next_start();
-  if (splits > 1) say_started(&scratch.received, WIDTH * 4 + splits * GROUP * 8);
+#if CLUSTERS
+  if (splits > 1) scratch.all.begin();
+#else
+  if (splits > 1) scratch.all.begin(split_sums, arrived);
+#endif
 
   // Positions start to stop are this block's, all from earlier steps; the owner has the new one too.
   const int length = __ldg(cache.lengths + row), slot = __ldg(cache.slots + row);
@@ -194,7 +262,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     return (kv_heads * GROUP + part * kv_heads + kv_head) * HEAD_DIM + (column - WIDTH) % HEAD_DIM;
   };
   // Columns that this block leaves, and the adapter's A of them: on its way to the L2.
-  const int part = WIDTH / splits, first = kv_head * WIDTH + split * part;
+  const int part = Splits::part(), first = kv_head * WIDTH + Splits::first();
   const u16* a = adapters.a + static_cast<u64>(max(adapter - 1, 0)) * adapters.ranks * (kv_heads * WIDTH) + first;
   auto find_a = [&](int rank, int column) {
     return reinterpret_cast<const u32*>(a + static_cast<u64>(rank) * (kv_heads * WIDTH) + column);
@@ -344,7 +412,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     left[column] = mean;
     out[tiled_at(row, first + column, padded)] = static_cast<u16>(__float_as_uint(mean) >> 16);
   };
-  if (splits > 1) wait_started();
+  if (splits > 1) scratch.all.wait_for_others();
   for (int column = tid; column < WIDTH; column += THREADS) {
     const int g = column / HEAD_DIM;
     float peak = NOTHING, total = 0.f, mixed = 0.f;
@@ -356,26 +424,19 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       total += scratch.totals[w][g] * fading;
       mixed += mixed_of(w)[column] * fading;
     }
-    if (splits == 1) {
-      store(column, mixed, total);
-      continue;
-    }
-    send(&scratch.sent[split * part + column % part], column / part, mixed, &scratch.received);
-    if (const int rank = column % HEAD_DIM; rank < splits) {
-      send(&scratch.sent_peaks[split][g], rank, peak, &scratch.received);
-      send(&scratch.sent_totals[split][g], rank, total, &scratch.received);
-    }
+    if (splits == 1) store(column, mixed, total);
+    else scratch.all.leave(column, peak, total, mixed);
   }
   if (splits > 1) {
-    wait_received(&scratch.received);
+    if (!scratch.all.meet()) return;
     for (int column = tid; column < part; column += THREADS) {
-      const int g = (split * part + column) / HEAD_DIM;
+      const int place = Splits::first() + column, g = place / HEAD_DIM;
       float peak = NOTHING, total = 0.f, mixed = 0.f;
-      for (int s = 0; s < splits; s++) peak = fmaxf(peak, scratch.sent_peaks[s][g]);
+      for (int s = 0; s < splits; s++) peak = fmaxf(peak, scratch.all.peak_of(s, g));
       for (int s = 0; s < splits; s++) {
-        const float fading = exp2f(scratch.sent_peaks[s][g] - peak);
-        total += scratch.sent_totals[s][g] * fading;
-        mixed += scratch.sent[s * part + column] * fading;
+        const float fading = exp2f(scratch.all.peak_of(s, g) - peak);
+        total += scratch.all.total_of(s, g) * fading;
+        mixed += scratch.all.mixed_of(s, place) * fading;
       }
       store(column, mixed, total);
       own[first + column] = 0.f;
@@ -415,7 +476,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     float* sums, const float* squares, Cached* keys, Cached* values, const int* tables, const int* lengths,
     const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out, const u16* lora_a,
     const int* lora_slots, float* shrunk, int count, int ranks, int table_stride, int block_shift, float share, float eps,
-    float scale, int padded) {
+    float scale, int padded, float* split_sums, int* arrived) {
   attend(sums, squares, {keys, values, tables, lengths, cache_slots, positions, table_stride, block_shift}, cos, sin, out,
-         {lora_a, lora_slots, shrunk, count, ranks}, share, eps, scale, padded);
+         {lora_a, lora_slots, shrunk, count, ranks}, share, eps, scale, padded, split_sums,
+         arrived);
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from qlorachat.kernels import cuda_source, eight_bits
 from qlorachat.kernels.attention import paged_decode_attention_reference
 from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
-from qlorachat.kernels.device import count_processors
+from qlorachat.kernels.device import count_processors, starts_early
 from qlorachat.kernels.rotary import rope_and_cache_reference
 from qlorachat.kernels.sums import (
     check_squares,
@@ -18,8 +20,9 @@ from qlorachat.kernels.sums import (
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
 SOURCE = "decode_attention.cu"
-_THREADS, _STAGES, _STEP = 128, 3, 8  # as in the source; _STEP: positions of a warp at a time
-_BLOCKS_OF_A_PROCESSOR = 4
+_THREADS, _STEP = 128, 8  # as in the source; _STEP: positions of a warp at a time
+_ROOMY = 160 * 1024  # bytes of shared memory: Hopper and the A100 have them, others 99 kB
+_BLOCK_BYTES = 48 * 1024  # of shared memory, about
 _MOST_SPLITS = 8  # blocks of a cluster, on every card that has them
 _MOST_HEADS, _MOST_COLUMNS = 8, 1024  # queries of one key head: registers, shared memory
 _LOG2_E = 1.4426950408889634
@@ -35,10 +38,48 @@ def why_not(heads: int, kv_heads: int, head_dim: int) -> str | None:
     return None
 
 
-def definitions(heads: int, kv_heads: int, head_dim: int, cached: torch.dtype) -> tuple[str, ...]:
+def definitions(
+    heads: int, kv_heads: int, head_dim: int, cached: torch.dtype, device: torch.device
+) -> tuple[str, ...]:
     """What `SOURCE` is compiled with."""
-    in_8_bits = int(cached == eight_bits.E4M3)
-    return f"HEAD_DIM={head_dim}", f"GROUP={heads // kv_heads}", f"IN_8_BITS={in_8_bits}"
+    return (
+        f"HEAD_DIM={head_dim}",
+        f"GROUP={heads // kv_heads}",
+        f"IN_8_BITS={int(cached == eight_bits.E4M3)}",
+        f"STAGES={_stages(device)}",
+        f"CLUSTERS={int(has_clusters(device))}",
+    )
+
+
+def has_clusters(device: torch.device) -> bool:
+    """Whether blocks of one context meet in a cluster: from Hopper on; else see `Meeting`."""
+    return starts_early(device)
+
+
+class Meeting(NamedTuple):
+    """Where blocks that share a context meet on a card without clusters, as `make_meeting` does.
+
+    sums: float32 [blocks, H / G * (D + 2)], what each has summed. arrived: int32 [M * G], how many
+    of a context have; zero between launches.
+    """
+
+    sums: torch.Tensor
+    arrived: torch.Tensor
+
+
+def make_meeting(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    splits: int | None = None,
+) -> Meeting:
+    """For steps of up to `rows` rows; `splits` as in `attend_sums`."""
+    contexts = rows * kv_heads
+    blocks = contexts * splits if splits else max(contexts, _most_blocks(device))
+    sums = torch.empty(blocks, heads // kv_heads * (head_dim + 2), device=device)
+    return Meeting(sums, torch.zeros(contexts, dtype=torch.int32, device=device))
 
 
 def attend_sums(
@@ -57,6 +98,7 @@ def attend_sums(
     scale: float,
     out: torch.Tensor,
     shrinking: Shrinking | None,
+    meeting: Meeting | None = None,
     splits: int | None = None,
 ) -> None:
     """`rope_and_cache`, then `paged_decode_attention`, of q|k|v = sums / rms; and A x of that.
@@ -65,6 +107,7 @@ def attend_sums(
     columns. out: tiled [blocks, P, 64], of [M, H * D]; its padding stays as it is. The rest as in
     those two, all in out's dtype, bfloat16 on a card; the caches may be in 8 bits. A row's new
     position is the last of its context. shrinking: the adapters of the product that follows.
+    meeting: must be there on a card without clusters.
     splits: a power of two up to 8, how many blocks share one context; None: chosen.
     """
     rows, columns = sums.shape
@@ -95,9 +138,14 @@ def attend_sums(
     block_size = key_cache.shape[1]
     assert block_size >= _STEP
     assert block_size.bit_count() == 1
-    shape = definitions(heads, kv_heads, head_dim, key_cache.dtype)
+    clusters = has_clusters(out.device)
+    if not clusters:
+        assert meeting is not None
+        assert meeting.sums.numel() >= rows * splits * heads * (head_dim + 2)
+        assert len(meeting.arrived) >= rows * kv_heads
+    shape = definitions(heads, kv_heads, head_dim, key_cache.dtype, out.device)
     function = cuda_source.load_kernel(
-        *(SOURCE, out.dtype, "attend", out.device, shape),
+        *(SOURCE, "attend", out.device, shape),
         shared_percent=cuda_source.STEP_SHARED,
     )
     arguments = (
@@ -105,9 +153,11 @@ def attend_sums(
         *(slots, positions, cos, sin, out, *shrinking_arguments(shrinking)),
         *(block_tables.stride(0), block_size.bit_length() - 1, 1 / width, eps),
         *(scale * _LOG2_E, out.shape[1]),
+        *((None, None) if clusters or meeting is None else meeting),
     )
     # bytes of keys and values; a warp leaves its float32 sums there
-    ring = _STAGES * (_THREADS // 32) * 2 * _STEP * head_dim * key_cache.element_size()
+    stage = (_THREADS // 32) * 2 * _STEP * head_dim * key_cache.element_size()
+    ring = _stages(out.device) * stage
     cuda_source.launch(
         function,
         (splits, kv_heads, rows),
@@ -116,7 +166,7 @@ def attend_sums(
         arguments,
         out.device,
         early=True,
-        cluster=splits,
+        cluster=splits if clusters else 1,
     )
 
 
@@ -171,8 +221,17 @@ def _check_reach(block_tables: torch.Tensor, context_lengths: torch.Tensor, rows
     assert block_tables.dtype == context_lengths.dtype == torch.int32
 
 
-def _choose_splits(heads: int, width: int, device: torch.device) -> int:
+def _choose_splits(contexts: int, width: int, device: torch.device) -> int:
     """Blocks enough to fill the card, of at least one block of the cache."""
-    filling = _BLOCKS_OF_A_PROCESSOR * count_processors(device) // heads
-    splits = min(max(filling, 1), width, _MOST_SPLITS)
+    splits = min(max(_most_blocks(device) // contexts, 1), width, _MOST_SPLITS)
     return 1 << (splits.bit_length() - 1)
+
+
+def _stages(device: torch.device) -> int:
+    """Of a warp's ring."""
+    return 3 if cuda_source.shared_bytes(device) >= _ROOMY else 2
+
+
+def _most_blocks(device: torch.device) -> int:
+    """As many as run at once; more are only launched where there are more contexts."""
+    return cuda_source.shared_bytes(device) // _BLOCK_BYTES * count_processors(device)

@@ -207,7 +207,7 @@ def _launch(
     tiles = 1 if rows <= 16 else 2  # few where blocks are few
     name = f"{kernel}_{tiles}"
     function = cuda_source.load_kernel(
-        SOURCE, like.dtype, name, like.device, shared_percent=cuda_source.STEP_SHARED
+        SOURCE, name, like.device, shared_percent=cuda_source.STEP_SHARED
     )
     grid = (-(-columns // (_COLUMNS * tiles)), -(-rows // _ROWS))
     cuda_source.launch(function, grid, _THREADS, 0, arguments, like.device, early=True)

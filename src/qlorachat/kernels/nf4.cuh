@@ -60,11 +60,7 @@ template <int THREADS> struct TableEntries {
 
 __device__ __forceinline__ u16 round_to_half(float value) {
   u16 half;
-#if BF16
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-#endif
   return half;
 }
 

@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch.nn import functional
 
-from qlorachat.kernels import cuda_source
+from qlorachat.kernels import cuda_source, tiles
 from qlorachat.kernels.device import is_hopper
 
 
@@ -94,22 +94,21 @@ def why_not(device: torch.device) -> str | None:
     if not cuda_source.found():
         return "cuda-bindings or NVRTC is not installed (pip install qlorachat[cuda])"
     try:
-        hopper = ["nf4_matmul_hopper.cu"] if is_hopper(device) else []
-        sources = ["nf4_matmul.cu", "nf4_write_out.cu", *hopper]
-        cuda_source.load(sources, torch.bfloat16, device)
+        product = "nf4_matmul_hopper.cu" if is_hopper(device) else "nf4_matmul.cu"
+        cuda_source.load([product, tiles.SOURCE, "nf4_write_out.cu"], device)
     except (RuntimeError, OSError) as error:
         return f"its driver does not take what NVRTC compiles ({error})"
     return None
 
 
-def nf4_write_out(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """The weights in bfloat16 or float16, [N, K], to the bit as bitsandbytes decodes them.
+def nf4_write_out(weight: Nf4Matrix) -> torch.Tensor:
+    """The weights in bfloat16, [N, K], to the bit as bitsandbytes decodes them.
 
     On a device that `why_not` has nothing against; elsewhere use `nf4_dequantize`.
     """
-    assert dtype in (torch.bfloat16, torch.float16)
-    out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.packed.device)
-    function = cuda_source.load_kernel("nf4_write_out.cu", dtype, "nf4_write_out", out.device)
+    shape, device = (weight.rows, weight.columns), weight.packed.device
+    out = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    function = cuda_source.load_kernel("nf4_write_out.cu", "nf4_write_out", out.device)
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2, weight.code, weight.code2, out),
         *dimensions(weight),

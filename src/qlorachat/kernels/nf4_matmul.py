@@ -1,86 +1,113 @@
 """The product of few rows with an NF4 weight, on NVIDIA cards from Ampere on."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from qlorachat.kernels import cuda_source
-from qlorachat.kernels.device import count_processors, starts_early
+from qlorachat.kernels.decode_lora import Expanding, expand_reference, expanding_arguments
+from qlorachat.kernels.device import count_processors, is_hopper
 from qlorachat.kernels.nf4 import Nf4Matrix, dimensions, nf4_dequantize
+from qlorachat.kernels.tiles import rows_padded, tile, untile
 from qlorachat.kernels.tuned import tuned_blocks
 
 MOST_ROWS = 64  # above, it is better to write the weights out and multiply
-TABLE_BYTES = 65536  # of shared memory, TABLE in the sources
+_TABLE_BYTES = 65536  # of shared memory, TABLE in the sources
+_UNIT_BLOCKS = 4  # blocks of 64 k in a unit, CHUNK in the sources
+_WEIGHT_STAGES = 3  # W_STAGES in Hopper's source
 
 
-def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, blocks: int | None = None) -> torch.Tensor:
+class _Instance(NamedTuple):
+    """How the kernel for some padded rows is launched."""
+
+    threads: int
+    shared_bytes: int
+
+
+def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     """x @ weight^T, [M, N], of x's dtype; sums in float32.
 
-    x: [M, K], contiguous, bfloat16 or float16, 1 to 64 rows. The weight's two-level absmax is
-    applied to each block's float32 sum; only the 16 code values are rounded to the dtype. On a
-    card that `nf4.why_not` has nothing against. blocks: how many share the weight's rows, or
-    more where a block has no room for so many; None: see `tuned`.
+    x: [M, K], contiguous, 1 to 64 rows; bfloat16 on a card, one that `nf4.why_not` has nothing
+    against.
     """
-    rows = len(x)
-    assert x.shape == (rows, weight.columns)
-    assert x.is_contiguous()
-    assert 1 <= rows <= MOST_ROWS
+    sums = torch.zeros(len(x), weight.rows, device=x.device)
+    nf4_matmul_tiled(tile(x, rows_padded(len(x))), weight, sums)
+    return sums.to(x.dtype)
+
+
+def nf4_matmul_tiled(
+    x: torch.Tensor,
+    weight: Nf4Matrix,
+    sums: torch.Tensor,
+    expanding: Expanding | None = None,
+    *,
+    blocks: int | None = None,
+) -> None:
+    """sums += weight x, and B (A x) of the adapters, in one launch; atomic adds, in no order.
+
+    x: tiled [blocks, P, 64] (`tiles.tile`), P of 8, 16, 32 or 64 padded rows; bfloat16 on a card.
+    sums: float32 [M, N], M of them real. The weight's two-level absmax is applied to each block's
+    float32 sum; only the 16 code values are rounded to the dtype.
+    blocks: how many share the product; None: see `tuned`.
+    """
+    rows, padded = len(sums), x.shape[1]
+    assert x.shape == (-(-weight.columns // 256) * 4, padded, 64)
+    assert padded in (8, 16, 32, 64)
+    assert 1 <= rows <= padded
+    assert sums.shape == (rows, weight.rows)
+    assert sums.dtype == torch.float32
+    assert all(tensor.is_contiguous() for tensor in (x, sums))
+    if expanding is not None:
+        expanding.check(rows, weight.heights, x.dtype)
     if not x.is_cuda:
-        return nf4_matmul_reference(x, weight)
-    assert x.dtype == weight.pairs.dtype
-    out = x.new_empty(rows, weight.rows)
-    shape = _shape(rows)
-    tuned = tuned_blocks("nf4_matmul", 8 * shape.tiles, (weight.rows, weight.columns), x.device)
-    blocks = blocks or tuned or count_processors(x.device)
-    groups = _groups_of_a_block(weight.rows // 16, blocks, shape, x.device)
-    shared_bytes = TABLE_BYTES + groups * shape.bytes_of_a_group
-    aligned = weight.columns // 64 % shape.chunk == 0
-    name = f"nf4_matmul_{8 * shape.tiles}" + ("" if aligned else "_ragged")
-    function = cuda_source.load_kernel("nf4_matmul.cu", x.dtype, name, x.device)
-    grid = (-(-(weight.rows // 16) // groups), -(-rows // (8 * shape.tiles)))
-    arguments = (
-        *(weight.packed, weight.absmax, weight.absmax2),
-        *(weight.pairs, weight.code2, x, out),
-        *(rows, *dimensions(weight), groups),
-    )
-    cuda_source.launch(
-        function,
-        grid,
-        32 * shape.warps,
-        shared_bytes,
-        arguments,
+        nf4_matmul_tiled_reference(x, weight, sums, expanding)
+        return
+    assert x.dtype == weight.pairs.dtype == torch.bfloat16
+    hopper = is_hopper(x.device)
+    instance = _hopper_instance(padded) if hopper else _instance(padded)
+    packed = weight.packed.view(weight.rows, -1)
+    aligned = weight.columns // 64 % _UNIT_BLOCKS == 0
+    function = cuda_source.load_kernel(
+        "nf4_matmul_hopper.cu" if hopper else "nf4_matmul.cu",
+        f"nf4_matmul_{padded}" + ("" if aligned else "_ragged"),
         x.device,
-        early=starts_early(x.device),
+        shared_percent=cuda_source.STEP_SHARED,
     )
-    return out
+    tuned = tuned_blocks(padded, (weight.rows, weight.columns), x.device)
+    arguments = (
+        cuda_source.TileMap(packed) if hopper else packed,
+        *(weight.absmax, weight.absmax2, weight.pairs, weight.code2, x, sums),
+        *(*expanding_arguments(expanding), rows, *dimensions(weight)),
+    )
+    grid = (blocks or tuned or count_processors(x.device),)
+    cuda_source.launch(function, grid, *instance, arguments, x.device, early=True)
 
 
-def nf4_matmul_reference(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
-    """`nf4_matmul` in plain torch, on any device; the weights are written out in float32."""
-    return (x.float() @ nf4_dequantize(weight).T).to(x.dtype)
+def nf4_matmul_tiled_reference(
+    x: torch.Tensor,
+    weight: Nf4Matrix,
+    sums: torch.Tensor,
+    expanding: Expanding | None = None,
+) -> None:
+    """`nf4_matmul_tiled` in plain torch; the weights are written out in float32."""
+    plain = untile(x, len(sums), weight.columns).float()
+    sums += plain @ nf4_dequantize(weight).T
+    expand_reference(sums, expanding, weight.heights)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """How a kernel of the source is instanced."""
-
-    tiles: int  # of 8 rows of x
-    chunk: int  # blocks of 64 weights
-    warps: int
-
-    @property
-    def bytes_of_a_group(self) -> int:
-        """Shared memory for the partial sums of 16 weight rows."""
-        return 512 * self.tiles * self.warps
+def _instance(padded: int) -> _Instance:
+    """`Layout` in nf4_matmul.cu: eight warps for the product, two for the adapters."""
+    unit = _UNIT_BLOCKS * padded * 128  # bytes of x
+    x_bytes = {8: 3 * unit, 16: 3 * unit, 32: 2 * unit, 64: unit}[padded]
+    return _Instance(32 * (8 + 2), _TABLE_BYTES + x_bytes)
 
 
-def _shape(rows: int) -> _Shape:
-    if rows <= 8:
-        return _Shape(1, 4, 16)
-    return _Shape(2, 2, 16) if rows <= 16 else _Shape(4, 2, 8)
-
-
-def _groups_of_a_block(groups: int, blocks: int, shape: _Shape, device: torch.device) -> int:
-    """Of 16 rows of the weight; as many as one of `blocks` has to take, or as fit."""
-    room = cuda_source.shared_bytes(device) - TABLE_BYTES
-    return max(1, min(-(-groups // blocks), room // shape.bytes_of_a_group))
+def _hopper_instance(padded: int) -> _Instance:
+    """`Layout` in nf4_matmul_hopper.cu: three warpgroups for the product, one for all else."""
+    rows = 3 * 64  # of the weight, in a unit
+    x_stages = 2 if padded == 64 else 3
+    x_bytes = x_stages * (_UNIT_BLOCKS * padded * 128 + 16)
+    weight_bytes = _WEIGHT_STAGES * (rows * 128 + rows * _UNIT_BLOCKS + 16)
+    return _Instance(128 * (3 + 1), _TABLE_BYTES + x_bytes + weight_bytes)

@@ -1,4 +1,4 @@
-"""Rows as the NF4 product reads them on Hopper: wgmma's operand with 128-byte swizzle.
+"""Rows as NF4 products read them: operand B of tensor cores, with 128-byte swizzle.
 
 A tiled x is [blocks, P, 64]: blocks of 64 columns, in units of 4 of them, and P padded rows. What
 is padding, of either kind, is allocated zero and stays so.
@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from qlorachat.kernels import cuda_source
+
+SOURCE = "tiles.cu"
+_THREADS = 256
 _BLOCK = 64  # columns
 _UNIT = 4  # blocks
 
@@ -26,7 +30,26 @@ def tiled_shape(columns: int, padded: int) -> tuple[int, int, int]:
 
 
 def tile(x: torch.Tensor, padded: int) -> torch.Tensor:
-    """x [M, K] tiled, [blocks, P, 64], with zeros for padding; M is at most P = `padded`."""
+    """x [M, K] tiled, [blocks, P, 64], with zeros for padding; M is at most P = `padded`.
+
+    On a card: contiguous and of 16 bit.
+    """
+    if not x.is_cuda:
+        return tile_reference(x, padded)
+    rows, columns = x.shape
+    assert x.is_contiguous()
+    assert x.element_size() == 2
+    tiled = x.new_empty(tiled_shape(columns, padded))
+    pairs = tiled.numel() // padded // 2
+    function = cuda_source.load_kernel(SOURCE, "tile", x.device)
+    grid = (-(-padded * pairs // _THREADS),)
+    arguments = (x, tiled, rows, columns, padded, pairs)
+    cuda_source.launch(function, grid, _THREADS, 0, arguments, x.device)
+    return tiled
+
+
+def tile_reference(x: torch.Tensor, padded: int) -> torch.Tensor:
+    """`tile` in plain torch."""
     rows, columns = x.shape
     blocks = tiled_shape(columns, padded)[0]
     full = functional.pad(x, (0, blocks * _BLOCK - columns, 0, padded - rows))
@@ -44,8 +67,8 @@ def untile(tiled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 def write_tiled(x: torch.Tensor, tiled: torch.Tensor) -> None:
     """x [M, K] written to a tiled tensor, whose padding stays as it is."""
-    rows, columns = x.shape
-    tiled[: columns // _BLOCK, :rows] = tile(x, tiled.shape[1])[: columns // _BLOCK, :rows]
+    rows, blocks = len(x), x.shape[1] // _BLOCK
+    tiled[:blocks, :rows] = tile_reference(x, tiled.shape[1])[:blocks, :rows]
 
 
 def _swizzle(chunks: torch.Tensor) -> torch.Tensor:

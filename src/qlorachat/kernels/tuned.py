@@ -16,15 +16,13 @@ from qlorachat.user_cache import cache_root
 log = logging.getLogger(__name__)
 
 
-def tuned_blocks(
-    kernel: str, rows: int, shape: tuple[int, int], device: torch.device
-) -> int | None:
+def tuned_blocks(rows: int, shape: tuple[int, int], device: torch.device) -> int | None:
     """What was measured for `rows` padded rows of x and a weight of `shape`; None: nothing."""
-    return _read(device).get(_key(kernel, rows, shape))
+    return _read(device).get(_key(rows, shape))
 
 
-def keep(measured: Mapping[tuple[str, int, tuple[int, int]], int], device: torch.device) -> Path:
-    """Add (kernel, rows, shape) -> blocks to what is known of a card. Raises OSError."""
+def keep(measured: Mapping[tuple[int, tuple[int, int]], int], device: torch.device) -> Path:
+    """Add (rows, shape) -> blocks to what is known of a card. Raises OSError."""
     known = {**_read(device), **{_key(*key): blocks for key, blocks in measured.items()}}
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,8 +51,8 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65535
 
 
-def _key(kernel: str, rows: int, shape: tuple[int, int]) -> str:
-    return f"{kernel} {rows} x {shape[0]} x {shape[1]}"
+def _key(rows: int, shape: tuple[int, int]) -> str:
+    return f"{rows} x {shape[0]} x {shape[1]}"
 
 
 def _path(device: torch.device) -> Path:

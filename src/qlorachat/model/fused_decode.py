@@ -1,4 +1,4 @@
-"""A decode step in eight launches a layer, on Hopper.
+"""A decode step in eight launches a layer.
 
 A product leaves float32 sums, those of its rows' adapters included. The kernel that reads them
 writes the next product's x and multiplies it by the adapters' A, for the product to add B (A x). A
@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qlorachat.kernels import cuda_source, decode_attention, decode_step
-from qlorachat.kernels.decode_attention import attend_sums
+from qlorachat.kernels import cuda_source, decode_attention, decode_step, nf4
+from qlorachat.kernels.decode_attention import Meeting, attend_sums, has_clusters, make_meeting
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.nf4 import Nf4Matrix
-from qlorachat.kernels.nf4_matmul import MOST_ROWS
-from qlorachat.kernels.nf4_tiled import nf4_matmul_tiled, runs_tiled
+from qlorachat.kernels.nf4_matmul import MOST_ROWS, nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tiled_shape
 from qlorachat.model.cache import KVCache
 from qlorachat.model.layer import Layer
@@ -35,22 +34,22 @@ def why_not_fused(
     head_dim: int,
 ) -> str | None:
     """Why a model's decode steps can't be fused; None: they can. cached: of keys and values."""
+    device = layers[0].attention_norm.device
+    if reason := nf4.why_not(device):
+        return reason
     projections = [each for layer in layers for each in layer.projections]
     if not all(isinstance(each, Nf4Linear) for each in projections):
         return "not all projections are in NF4 on our kernels"
     if any(each.bias is not None for each in projections):
         return "projections have biases"
-    if not runs_tiled(layers[0].attention_norm.device):
-        return "the card is no Hopper"
     if dtype != torch.bfloat16:
         return "float16 has too small a range for a norm that is applied late"
     if reason := decode_attention.why_not(heads, kv_heads, head_dim):
         return reason
     try:
-        device = layers[0].attention_norm.device
-        cuda_source.load([decode_step.SOURCE], dtype, device)
-        shape = decode_attention.definitions(heads, kv_heads, head_dim, cached)
-        cuda_source.load([decode_attention.SOURCE], dtype, device, shape)
+        cuda_source.load([decode_step.SOURCE], device)
+        shape = decode_attention.definitions(heads, kv_heads, head_dim, cached, device)
+        cuda_source.load([decode_attention.SOURCE], device, shape)
     except (RuntimeError, OSError) as error:
         return f"the driver does not take what NVRTC compiles ({error})"
     return None
@@ -74,7 +73,10 @@ class _Product:
 class _Workspace:
     """What the kernels of a step hand on, for one count of padded rows and of adapters' ranks."""
 
-    def __init__(self, products: Sequence[_Product], like: torch.Tensor, padded: int) -> None:
+    def __init__(
+        self, products: Sequence[_Product], like: torch.Tensor, padded: int, meeting: Meeting | None
+    ) -> None:
+        self.meeting = meeting
         widths = [products[place].weight.columns for place in (0, 1, 3)]
         self.hidden, self.attended, self.inner = (
             like.new_zeros(tiled_shape(width, padded)) for width in widths
@@ -150,9 +152,17 @@ class FusedDecode:
         padded, ranks = rows_padded(rows), sum(product.ranks for product in self._products)
         if (padded, ranks) not in self._workspaces:
             self._workspaces = {at: own for at, own in self._workspaces.items() if at[1] == ranks}
-            new = _Workspace(self._products, self._embedding, padded)
+            new = _Workspace(self._products, self._embedding, padded, self._meeting(padded))
             self._workspaces[padded, ranks] = new
         return self._workspaces[padded, ranks]
+
+    def _meeting(self, rows: int) -> Meeting | None:
+        like, head_dim = self._embedding, self._rope[0].shape[1]
+        if not like.is_cuda or has_clusters(like.device):
+            return None
+        qkv, output = self._products[0].weight, self._products[1].weight
+        heads, kv_heads = output.columns // head_dim, qkv.heights[1] // head_dim
+        return make_meeting(rows, heads, kv_heads, head_dim, like.device)
 
     def _run(self, rows: Rows, cache: KVCache, space: _Workspace) -> torch.Tensor:
         count = len(rows.ids)
@@ -202,7 +212,8 @@ class FusedDecode:
         contexts = (rows.attention.block_tables, rows.attention.context_lengths)
         shrinking = self._shrinking(rows, space, 4 * layer + 1)
         scale = keys.shape[-1] ** -0.5
-        attend_sums(sums, *late, *places, *contexts, scale, space.attended, shrinking)
+        into, meeting = space.attended, space.meeting
+        attend_sums(sums, *late, *places, *contexts, scale, into, shrinking, meeting)
 
     def _late_norm(
         self, space: _Workspace, rows: int, norm: int

@@ -23,8 +23,8 @@ def why_not(parts: Sequence[Linear4bit]) -> str | None:
         return "the weights have no double quantization"
     if any(state.shape[1] % 64 or state.shape[0] % 16 for state in states):
         return "a weight's sides are no multiples of 16 and 64"
-    if parts[0].compute_dtype not in (torch.bfloat16, torch.float16):
-        return "it computes in float32"
+    if (dtype := parts[0].compute_dtype) != torch.bfloat16:
+        return f"it computes in {dtype}, not in bfloat16"
     return None
 
 
@@ -40,6 +40,6 @@ class Nf4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, columns) -> (rows, heights)."""
         if len(x) > MOST_ROWS:
-            return functional.linear(x, nf4.nf4_write_out(self.weight, x.dtype), self.bias)
+            return functional.linear(x, nf4.nf4_write_out(self.weight), self.bias)
         y = nf4_matmul(x, self.weight)
         return y if self.bias is None else y + self.bias

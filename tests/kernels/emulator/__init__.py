@@ -23,7 +23,6 @@ from tests.kernels.emulator.translate import Parameter, translate
 _HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 _SOURCES = Path(cuda_source.__file__).parent
 _SHARED_BASE = 1024  # BASE in the header
-SHARED_BYTES = 227 * 1024  # that a block may have, MOST_SHARED in the header
 _GUARD = 1 << 15  # bytes on either side of a tensor
 _FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off"),
@@ -39,7 +38,7 @@ _DTYPES = {
     "float*": (torch.float32,),
     "int*": (torch.int32,),
     "long long*": (torch.int64,),
-    "u16*": (torch.bfloat16, torch.float16),
+    "u16*": (torch.bfloat16,),
 }
 
 
@@ -48,6 +47,22 @@ def compiler() -> str | None:
     if sys.platform != "linux":
         return None
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+class Card(NamedTuple):
+    """What is emulated; its name for test ids."""
+
+    name: str
+    architecture: int  # __CUDA_ARCH__
+    shared_bytes: int  # that a block may have, MOST_SHARED in the header at most
+
+    @property
+    def starts_early(self) -> bool:
+        return self.architecture >= 900
+
+
+HOPPER = Card("Hopper", 900, 227 * 1024)
+AMPERE = Card("Ampere", 860, 99 * 1024)
 
 
 class OnCard(torch.Tensor):
@@ -79,6 +94,7 @@ class Emulator:
 
     def __init__(self, folder: Path, sources: Path = _SOURCES) -> None:
         self.seed = 0
+        self.card = HOPPER
         self.launched: list[str] = []
         self._folder = folder
         self._sources = sources
@@ -87,15 +103,13 @@ class Emulator:
     def load_kernel(
         self,
         name: str,
-        dtype: torch.dtype,
         kernel: str,
         device: torch.device,
         definitions: tuple[str, ...] = (),
         **of_a_card: object,
     ) -> Kernel:
         """As `cuda_source.load_kernel`. Raises RuntimeError with the compiler's words."""
-        half = f"BF16={int(dtype == torch.bfloat16)}"
-        code, kernels = self._build(name, (half, *definitions))
+        code, kernels = self._build(name, definitions, self.card)
         return Kernel(code, kernel, kernels[kernel])
 
     def launch(
@@ -112,6 +126,9 @@ class Emulator:
     ) -> None:
         """As `cuda_source.launch`, and at its end. Raises RuntimeError with what a thread did."""
         self.launched.append(function.name)
+        early = early and self.card.starts_early
+        assert cluster == 1 or self.card.starts_early
+        assert shared_bytes <= self.card.shared_bytes, shared_bytes
         parameters = function.parameters
         assert len(arguments) == len(parameters), (len(arguments), parameters)
         tensors = [each.rows if isinstance(each, TileMap) else each for each in arguments]
@@ -144,17 +161,17 @@ class Emulator:
                 raise RuntimeError(f"{function.name}: a write outside {parameter.name}")
 
     def _build_anew(
-        self, name: str, definitions: tuple[str, ...]
+        self, name: str, definitions: tuple[str, ...], card: Card
     ) -> tuple[ctypes.CDLL, dict[str, list[Parameter]]]:
         program = compiler()
         assert program
         given = [f"-D{each}" for each in (*definitions, f"SHARED_BASE={_SHARED_BASE}")]
         plain = _run(
-            *(program, "-E", "-x", "c++", "-D__CUDA_ARCH__=900", *given),
+            *(program, "-E", "-x", "c++", f"-D__CUDA_ARCH__={card.architecture}", *given),
             str(self._sources / name),
         )
         text, kernels = translate(plain)
-        path = self._folder / f"{name}-{'-'.join(definitions)}.cpp"
+        path = self._folder / f"{card.name}-{name}-{'-'.join(definitions)}.cpp"
         path.write_text(f'#include "{_HEADER}"\n{text}\n', encoding="utf-8")
         built = path.with_suffix(".so")
         _run(program, *_FLAGS, str(path), "-o", str(built))

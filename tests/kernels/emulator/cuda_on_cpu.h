@@ -49,6 +49,7 @@ struct Block {
   int rank, alive, waiting, unstarted;
   uint8_t* memory;
   std::map<Address, Barrier> barriers;
+  std::map<Address, int> arrived;  // at numbered barriers (bar.sync)
 };
 
 struct Piece { uint8_t* to; const uint8_t* from; int bytes, zeros; };  // of cp.async
@@ -57,7 +58,7 @@ struct Product {  // of wgmma
   const uint32_t* a[4];
   uint64_t x;
   int width;
-  bool bf16, adds;
+  bool adds;
 };
 
 struct Warp;
@@ -70,7 +71,7 @@ struct Fiber {
   int lane;
   bool started, done;
   const char* waits;  // for what; null: it may run
-  Address barrier;    // that it waits for
+  Address barrier;    // that it waits for, or the number of one
   int cluster_phase;  // that it arrived in, -1 for none
   std::vector<Piece> pieces;
   std::vector<size_t> groups;  // where those that were committed end
@@ -196,33 +197,17 @@ inline uint8_t* shared_memory(Address at, Address bytes, const char* what, Block
   return (block ? block : now->block)->memory + at;
 }
 
-inline float half_value(uint16_t bits, bool bf16) {
-  if (bf16) {
-    const uint32_t whole = static_cast<uint32_t>(bits) << 16;
-    float value;
-    memcpy(&value, &whole, 4);
-    return value;
-  }
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float sign = bits >> 15 ? -1.f : 1.f;
-  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-  return sign * (exponent ? ldexpf(1024.f + fraction, exponent - 25) : ldexpf(static_cast<float>(fraction), -24));
+inline float half_value(uint16_t bits) {
+  const uint32_t whole = static_cast<uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &whole, 4);
+  return value;
 }
 inline uint16_t round_bf16(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   if (value != value) return 0x7FFF;
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-inline uint16_t round_f16(float value) {  // to nearest, ties to even
-  const uint16_t sign = signbit(value) ? 0x8000 : 0;
-  if (value != value) return 0x7FFF;
-  int exponent;
-  const float size = fabsf(value);
-  if (size >= 65520.f) return sign | 0x7C00;
-  if (size < 6.103515625e-05f) return sign | static_cast<uint16_t>(nearbyintf(ldexpf(size, 24)));
-  const float fraction = frexpf(size, &exponent);  // 0.5 to 1
-  return sign | static_cast<uint16_t>(((exponent + 13) << 10) + static_cast<int>(nearbyintf(ldexpf(fraction, 11))));
 }
 
 // ---- warps and blocks
@@ -257,7 +242,7 @@ template <class Finish> void collect_group(const char* kind, Finish finish) {
 
 inline const char SYNCTHREADS[] = "__syncthreads", CLUSTER[] = "barrier.cluster.wait", PREVIOUS[] = "griddepcontrol.wait",
                   BARRIER[] = "mbarrier.try_wait", SHUFFLE[] = "__shfl_sync", SHUFFLE_XOR[] = "__shfl_xor_sync",
-                  BALLOT[] = "__ballot_sync", SYNCWARP[] = "__syncwarp", MMA[] = "mma.sync", WGMMA[] = "wgmma.mma_async",
+                  BALLOT[] = "__ballot_sync", SYNCWARP[] = "__syncwarp", NUMBERED[] = "bar.sync", MATRICES[] = "ldmatrix", MMA[] = "mma.sync", WGMMA[] = "wgmma.mma_async",
                   WGMMA_WAIT[] = "wgmma.wait_group";
 
 inline void release_block(Block& block) {
@@ -276,6 +261,15 @@ inline void sync_threads() {
   block.waiting++;
   if (block.waiting < block.alive) return wait(SYNCTHREADS);
   release_block(block);
+}
+
+inline void sync_some(Address number, int threads) {
+  Block& block = *now->block;
+  now->barrier = number;
+  if (++block.arrived[number] < threads) return wait(NUMBERED);
+  block.arrived[number] = 0;
+  for (Fiber& fiber : fibers)
+    if (fiber.block == &block && fiber.waits == NUMBERED && fiber.barrier == number) wake(fiber);
 }
 
 inline uint32_t check_mask(unsigned mask) {
@@ -308,25 +302,38 @@ inline uint32_t ballot(bool value) {
   return warp.out[lane];
 }
 
-// A of 16 rows: registers of 32 lanes, as mma and wgmma have them.
-inline void unpack_a(float (&a)[16][16], int lane, const uint32_t (&words)[4], bool bf16) {
-  for (int i = 0; i < 4; i++)
-    for (int e = 0; e < 2; e++)
-      a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + e] = half_value(static_cast<uint16_t>(words[i] >> (16 * e)), bf16);
+// Four matrices of 8 rows by 16 bytes; lane 8 i + r has the address of row r of matrix i.
+inline void load_matrices(const std::array<uint32_t*, 4>& to, Address at) {
+  Warp& warp = *now->warp;
+  const int lane = now->lane;
+  warp.in[lane] = at;
+  collect(MATRICES, [](Warp& own) {
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 4; i++)
+        memcpy(&own.a[l][i], shared_memory(own.in[8 * i + l / 4], 16, MATRICES) + l % 4 * 4, 4);
+  });
+  for (int i = 0; i < 4; i++) *to[i] = warp.a[lane][i];
 }
 
-inline void multiply(bool bf16, const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a,
+// A of 16 rows: registers of 32 lanes, as mma and wgmma have them.
+inline void unpack_a(float (&a)[16][16], int lane, const uint32_t (&words)[4]) {
+  for (int i = 0; i < 4; i++)
+    for (int e = 0; e < 2; e++)
+      a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + e] = half_value(static_cast<uint16_t>(words[i] >> (16 * e)));
+}
+
+inline void multiply(const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a,
                      const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
   Warp& warp = *now->warp;
   const int lane = now->lane;
   for (int i = 0; i < 4; i++) { warp.d[lane][i] = d[i]; warp.c[lane][i] = *c[i]; warp.a[lane][i] = *a[i]; }
   for (int i = 0; i < 2; i++) warp.b[lane][i] = *b[i];
-  collect(MMA, [bf16](Warp& own) {
+  collect(MMA, [](Warp& own) {
     float left[16][16], right[8][16];
     for (int l = 0; l < 32; l++) {
-      unpack_a(left, l, own.a[l], bf16);
+      unpack_a(left, l, own.a[l]);
       for (int i = 0; i < 4; i++)
-        right[l / 4][l % 4 * 2 + i / 2 * 8 + i % 2] = half_value(static_cast<uint16_t>(own.b[l][i / 2] >> (i % 2 * 16)), bf16);
+        right[l / 4][l % 4 * 2 + i / 2 * 8 + i % 2] = half_value(static_cast<uint16_t>(own.b[l][i / 2] >> (i % 2 * 16)));
     }
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 4; i++) {
@@ -350,14 +357,14 @@ inline void multiply_group(Warp* group, size_t which) {
       const Address plain = start + n / 8 * stride + n % 8 * 128 + k * 2, at = plain ^ (plain >> 7 & 7) << 4;
       uint16_t bits;
       memcpy(&bits, shared_memory(at, 2, "wgmma", block), 2);
-      right[n][k] = half_value(bits, any.bf16);
+      right[n][k] = half_value(bits);
     }
   for (int w = 0; w < 4; w++) {
     float left[16][16];
     for (int l = 0; l < 32; l++) {
       const Product& own = group[w].lanes[l]->products[which];
       if (own.x != any.x || own.width != any.width || own.adds != any.adds) ON_CPU_FAIL("lanes of a warpgroup differ in a wgmma");
-      unpack_a(left, l, {*own.a[0], *own.a[1], *own.a[2], *own.a[3]}, any.bf16);
+      unpack_a(left, l, {*own.a[0], *own.a[1], *own.a[2], *own.a[3]});
     }
     for (int l = 0; l < 32; l++) {
       const Product& own = group[w].lanes[l]->products[which];
@@ -385,11 +392,11 @@ inline void finish_products(Warp* group, size_t left) {
     }
 }
 
-template <size_t N> void start_product(bool bf16, const std::array<float*, N>& d, const std::array<uint32_t*, 4>& a,
+template <size_t N> void start_product(const std::array<float*, N>& d, const std::array<uint32_t*, 4>& a,
                                        uint64_t x, bool adds, int scale_a, int scale_b, int transposed) {
   if (!now->fenced) ON_CPU_FAIL("wgmma without wgmma.fence");
   if (scale_a != 1 || scale_b != 1 || transposed) ON_CPU_FAIL("a wgmma of another kind");
-  Product product = {{}, {a[0], a[1], a[2], a[3]}, x, static_cast<int>(2 * N), bf16, adds};
+  Product product = {{}, {a[0], a[1], a[2], a[3]}, x, static_cast<int>(2 * N), adds};
   for (size_t i = 0; i < N; i++) product.d[i] = d[i];
   if (late && !adds)
     for (float* each : d) *each = NAN;
@@ -661,21 +668,14 @@ inline void griddepcontrol_wait() {
 
 inline void setp_ne_u32(bool& p, uint32_t a, uint32_t b) { p = a != b; }
 inline void setp_ne_b32(bool& p, uint32_t a, uint32_t b) { p = a != b; }
-inline void mov_b16(uint16_t& to, int value) { to = static_cast<uint16_t>(value); }
-inline void cvt_u32_u16(uint32_t& to, uint16_t value) { to = value; }
 inline void cvt_rn_bf16x2_f32(uint32_t& to, float high, float low) {
   to = static_cast<uint32_t>(round_bf16(high)) << 16 | round_bf16(low);
 }
 inline void cvt_rn_bf16_f32(uint16_t& to, float value) { to = round_bf16(value); }
-inline void cvt_rn_f16_f32(uint16_t& to, float value) { to = round_f16(value); }
 
-template <class T> void ld_global(T& to, const void* at) { memcpy(&to, global(at, sizeof(T), "a load"), sizeof(T)); }
-inline void ld_global_nc_u16(uint16_t& to, const void* at) { ld_global(to, at); }
-inline void ld_global_nc_u32(uint32_t& to, const void* at) { ld_global(to, at); }
-inline void ld_global_nc_f32(float& to, const void* at) { ld_global(to, at); }
-inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(const std::array<uint32_t*, 4>& to, const void* at) {
-  const uint8_t* from = global(at, 16, "a load");
-  for (int i = 0; i < 4; i++) memcpy(to[i], from + 4 * i, 4);
+inline void ld_global_nc_L1_no_allocate_L2_128B_v2_u32(const std::array<uint32_t*, 2>& to, const void* at) {
+  const uint8_t* from = global(at, 8, "a load");
+  for (int i = 0; i < 2; i++) memcpy(to[i], from + 4 * i, 4);
 }
 inline void prefetch_global_L2(const void* at) { global(at, 1, "a prefetch"); }
 inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& values) {
@@ -684,6 +684,8 @@ inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& v
   sums[1] += *values[1];
 }
 
+inline void bar_sync(Address number, int threads) { sync_some(number, threads); }
+inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(const std::array<uint32_t*, 4>& to, Address at) { load_matrices(to, at); }
 inline void ld_shared_u32(uint32_t& to, Address at) { memcpy(&to, shared_memory(at, 4, "ld.shared"), 4); }
 inline void mapa_shared_cluster_u32(Address& theirs, Address own, int rank) {
   shared_memory(own, 1, "mapa");
@@ -704,24 +706,18 @@ inline void barrier_cluster_wait_aligned() {
 
 inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
     const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a, const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
-  multiply(true, d, a, b, c);
+  multiply(d, a, b, c);
 }
-inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
-    const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a, const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
-  multiply(false, d, a, b, c);
-}
-
-#define ON_CPU_WGMMA(N, TYPE, BF16)                                                                             \
-  inline void wgmma_mma_async_sync_aligned_m64n##N##k16_f32_##TYPE##_##TYPE(                                    \
+#define ON_CPU_WGMMA(N)                                                                                         \
+  inline void wgmma_mma_async_sync_aligned_m64n##N##k16_f32_bf16_bf16(                                          \
       const std::array<float*, N / 2>& d, const std::array<uint32_t*, 4>& a, uint64_t x, bool adds, int scale_a, \
       int scale_b, int transposed) {                                                                            \
-    start_product(BF16, d, a, x, adds, scale_a, scale_b, transposed);                                           \
+    start_product(d, a, x, adds, scale_a, scale_b, transposed);                                                 \
   }
-#define ON_CPU_WGMMAS(N) ON_CPU_WGMMA(N, bf16, true) ON_CPU_WGMMA(N, f16, false)
-ON_CPU_WGMMAS(8)
-ON_CPU_WGMMAS(16)
-ON_CPU_WGMMAS(32)
-ON_CPU_WGMMAS(64)
+ON_CPU_WGMMA(8)
+ON_CPU_WGMMA(16)
+ON_CPU_WGMMA(32)
+ON_CPU_WGMMA(64)
 inline void wgmma_fence_sync_aligned() { now->fenced = true; }
 inline void wgmma_commit_group_sync_aligned() {
   now->fenced = false;
@@ -836,12 +832,13 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 template <class T> T __ldg(const T* at) { return *reinterpret_cast<const T*>(on_cpu::global(at, sizeof(T), "__ldg")); }
 template <class T> T __ldcg(const T* at) { return *reinterpret_cast<const T*>(on_cpu::global(at, sizeof(T), "__ldcg")); }
-inline float atomicAdd(float* at, float value) {
-  on_cpu::global(at, 4, "atomicAdd");
-  const float before = *at;
+template <class T> T atomicAdd(T* at, T value) {
+  on_cpu::global(at, sizeof(T), "atomicAdd");
+  const T before = *at;
   *at = before + value;
   return before;
 }
+inline void __threadfence() {}
 
 inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
