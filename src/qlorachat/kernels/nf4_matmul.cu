@@ -10,14 +10,15 @@
 #include "nf4_matmul.cuh"
 
 constexpr int WARPS = 8, HEIGHT = WARPS * 16;  // of the product
-constexpr int HELPERS = 2;                     // warps for the adapters
+constexpr int HELPERS = 4;                     // warps for the adapters
 constexpr int THREADS = (WARPS + HELPERS) * 32;
 constexpr int DEPTH = 2;                       // units on their way to a warp
 
 // A unit's x comes in PARTS, each a stage of a ring.
 template <int P> struct Layout {
   static constexpr int PARTS = P == 64 ? 2 : 1, STAGES = P > 16 ? 2 : 3;
-  static constexpr int BLOCKS = CHUNK / PARTS, BYTES = BLOCKS * P * 128;
+  static constexpr int BLOCKS = CHUNK / PARTS, BYTES = BLOCKS * P * 128, PIECES = BYTES / (WARPS * 32 * 16);
+  static_assert(PIECES * WARPS * 32 * 16 == BYTES, "each thread copies as much");
 };
 
 // Leaves what is there unless `wanted`, without a branch: after one, the compiler would move what was
@@ -93,9 +94,12 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
   auto stage_of = [](int part) { return SHARED_BASE + TABLE + part % L::STAGES * L::BYTES; };
   auto fetch_x = [&] {
     if (fetched < steps * L::PARTS) {
-      const u8* from = x + static_cast<u64>(x_part) * L::BYTES;
-      for (int at = threadIdx.x * 16; at < L::BYTES; at += WARPS * 32 * 16)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, 16;" ::"r"(stage_of(fetched) + at), "l"(from + at) : "memory");
+      const u8* from = x + static_cast<u64>(x_part) * L::BYTES + threadIdx.x * 16;
+      const u32 to = stage_of(fetched) + threadIdx.x * 16;
+#pragma unroll
+      for (int i = 0; i < L::PIECES; i++)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, 16;" ::"r"(to + i * WARPS * 32 * 16),
+                     "l"(from + i * WARPS * 32 * 16) : "memory");
       if (++x_part == items * L::PARTS) x_part = 0;
     }
     fetched++;

@@ -98,10 +98,10 @@ def nf4_matmul_tiled_reference(
 
 
 def _instance(padded: int) -> _Instance:
-    """`Layout` in nf4_matmul.cu: eight warps for the product, two for the adapters."""
+    """`Layout` in nf4_matmul.cu: eight warps for the product, four for the adapters."""
     unit = _UNIT_BLOCKS * padded * 128  # bytes of x
     x_bytes = {8: 3 * unit, 16: 3 * unit, 32: 2 * unit, 64: unit}[padded]
-    return _Instance(32 * (8 + 2), _TABLE_BYTES + x_bytes)
+    return _Instance(32 * (8 + 4), _TABLE_BYTES + x_bytes)
 
 
 def _hopper_instance(padded: int) -> _Instance:
