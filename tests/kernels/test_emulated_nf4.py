@@ -49,9 +49,11 @@ def test_write_out(card: Emulator, heights: tuple[int, ...], columns: int) -> No
 @pytest.mark.parametrize(("rows", "columns"), [(1, 64), (5, 256), (9, 320), (64, 576)])
 def test_tile(card: Emulator, rows: int, columns: int) -> None:
     x = torch.randn(rows, columns).bfloat16()
-    tiled = tile(x.as_subclass(OnCard), rows_padded(rows))
-    assert torch.equal(tiled.as_subclass(torch.Tensor), tile(x, rows_padded(rows)))
-    assert card.launched == ["tile"]
+    for sums in (None, torch.ones(1), torch.ones(9, 1000)):
+        tiled = tile(x.as_subclass(OnCard), rows_padded(rows), sums)
+        assert torch.equal(tiled.as_subclass(torch.Tensor), tile(x, rows_padded(rows)))
+        assert sums is None or not sums.any()
+    assert card.launched == ["tile"] * 3
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     x: [M, K], contiguous, 1 to 64 rows; bfloat16 on a card, one that `nf4.why_not` has nothing
     against.
     """
-    sums = torch.zeros(len(x), weight.rows, device=x.device)
-    nf4_matmul_tiled(tile(x, rows_padded(len(x))), weight, sums)
+    sums = torch.empty(len(x), weight.rows, device=x.device)
+    nf4_matmul_tiled(tile(x, rows_padded(len(x)), sums), weight, sums)
     return sums.to(x.dtype)
 
 

@@ -29,21 +29,26 @@ def tiled_shape(columns: int, padded: int) -> tuple[int, int, int]:
     return -(-columns // (_UNIT * _BLOCK)) * _UNIT, padded, _BLOCK
 
 
-def tile(x: torch.Tensor, padded: int) -> torch.Tensor:
+def tile(x: torch.Tensor, padded: int, sums: torch.Tensor | None = None) -> torch.Tensor:
     """x [M, K] tiled, [blocks, P, 64], with zeros for padding; M is at most P = `padded`.
 
-    On a card: contiguous and of 16 bit.
+    On a card: contiguous and of 16 bit. sums: float32, contiguous, cleared in the same launch.
     """
     if not x.is_cuda:
+        if sums is not None:
+            sums.zero_()
         return tile_reference(x, padded)
     rows, columns = x.shape
+    assert sums is None or sums.is_contiguous()
+    assert sums is None or sums.dtype == torch.float32
     assert x.is_contiguous()
     assert x.element_size() == 2
     tiled = x.new_empty(tiled_shape(columns, padded))
     pairs = tiled.numel() // padded // 2
     function = cuda_source.load_kernel(SOURCE, "tile", x.device)
     grid = (-(-padded * pairs // _THREADS),)
-    arguments = (x, tiled, rows, columns, padded, pairs)
+    count = 0 if sums is None else sums.numel()
+    arguments = (x, tiled, sums, rows, columns, padded, pairs, count)
     cuda_source.launch(function, grid, _THREADS, 0, arguments, x.device)
     return tiled
 
