@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from qlorachat.kernels import cuda_source, decode_attention, nf4, nf4_matmul
+from qlorachat.kernels import card, cuda_source, decode_attention, nf4_matmul
 
 _SHARED_BYTES = 99 * 1024  # that a block may have on an RTX 3060, 3090, 4090
 
@@ -17,7 +17,7 @@ def as_ampere(wanted: bool = True) -> Iterator[None]:
     """
     with ExitStack() as changed:
         if wanted:
-            for module in (nf4, nf4_matmul):
+            for module in (card, nf4_matmul):
                 changed.enter_context(patch.object(module, "is_hopper", lambda device: False))
             for module in (cuda_source, decode_attention):
                 changed.enter_context(patch.object(module, "starts_early", lambda device: False))

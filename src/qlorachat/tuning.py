@@ -9,6 +9,7 @@ import torch
 
 from qlorachat.errors import ConfigError
 from qlorachat.kernels import nf4, tuned
+from qlorachat.kernels.card import why_not_products
 from qlorachat.kernels.decode_lora import Expanding
 from qlorachat.kernels.device import count_processors
 from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled
@@ -39,7 +40,7 @@ def tune(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> Iterato
     Raises ConfigError where the card or the shapes are none for our products, and where nothing
     can be kept.
     """
-    if reason := nf4.why_not(device):
+    if reason := why_not_products(device):
         raise ConfigError(f"There is nothing to tune on {device}: {reason}.")
     return _tune(_products(shapes), device)
 
@@ -84,28 +85,8 @@ def _random_weights(
     elements = sum(heights) * columns
     properties: Any = torch.cuda.get_device_properties(device)
     count = max(2, ROTATED * properties.L2_cache_size // (elements // 2))
-    groups = sum(-(-height * columns // 64 // 256) for height in heights)
-    spread = torch.linspace(-1, 1, 256, device=device)
-    code = spread[::17].contiguous()
-    pairs = nf4.byte_pairs(code, torch.bfloat16)
-
-    def random_bytes(*shape: int) -> torch.Tensor:
-        return torch.randint(256, shape, dtype=torch.uint8, device=device)
-
-    return [
-        nf4.Nf4Matrix(
-            packed=random_bytes(elements // 2),
-            absmax=random_bytes(-(-columns // 256), sum(heights), 4),
-            absmax2=torch.rand(groups, device=device),
-            code=code,
-            pairs=pairs,
-            code2=spread,
-            heights=heights,
-            offsets=(0.0,) * len(heights),
-            columns=columns,
-        )
-        for _ in range(count)
-    ]
+    generator = torch.Generator(device)
+    return [nf4.random_matrix(heights, columns, generator) for _ in range(count)]
 
 
 def _measure(launch: "Launch", weights: Sequence[nf4.Nf4Matrix], rows: int) -> Tuned:

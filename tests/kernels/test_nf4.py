@@ -71,10 +71,6 @@ def test_a_matrix_refuses_what_its_bytes_do_not_fit() -> None:
             Nf4Matrix(**{**fields, **wrong})
 
 
-def test_a_cpu_is_told_why() -> None:
-    assert nf4.why_not(torch.device("cpu")) == "it is no NVIDIA card"
-
-
 # where shared memory begins
 ARCHITECTURES = {"sm_80": 0, "sm_86": 0, "sm_89": 0, "sm_90a": 1024, "sm_120": 1024}
 ROWS = (8, 16, 32, 64)

@@ -10,7 +10,6 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlorachat.kernels import cuda_source, nf4
 from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.tiles import untile
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fused_decode, fusion
@@ -178,10 +177,6 @@ def test_a_step_that_fails_leaves_no_sums(
     torch.testing.assert_close(fused(rows, cache())[:-1], expected[:-1])
 
 
-def raise_runtime_error(*arguments: object) -> None:
-    raise RuntimeError("CUDA: no image")
-
-
 def raise_memory_error(*arguments: object) -> None:
     raise MemoryError
 
@@ -189,22 +184,12 @@ def raise_memory_error(*arguments: object) -> None:
 def test_why_a_model_is_not_fused(model: PagedLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, shape = model._layers, (HEADS, KV_HEADS, HIDDEN // HEADS)
     assert why_not_fused(layers, HALF, HALF, *shape) == "it is no NVIDIA card"
-    monkeypatch.setattr(nf4, "why_not", lambda device: None)
-    monkeypatch.setattr(cuda_source, "shared_bytes", lambda device: 99 * 1024)
-    with monkeypatch.context() as broken:
-        broken.setattr(cuda_source, "load", raise_runtime_error)
-        assert "the driver does not take" in str(why_not_fused(layers, HALF, HALF, *shape))
-    loaded: list[object] = []
-    monkeypatch.setattr(cuda_source, "load", lambda names, *given: loaded.append((*names, *given)))
-    assert why_not_fused(layers, HALF, HALF, *shape) is None
-    device = torch.device("cpu")
-    heads, card = ("HEAD_DIM=64", "GROUP=3"), ("STAGES=2", "CLUSTERS=0")
-    attention = ("decode_attention.cu", device, (*heads, "IN_8_BITS=0", *card))
-    assert loaded == [("decode_step.cu", device), attention]
+    monkeypatch.setattr(fused_decode, "why_not_products", lambda device: None)
+    asked: list[object] = []
+    monkeypatch.setattr(fused_decode, "why_not_step", lambda *given: asked.append(given))
     assert why_not_fused(layers, HALF, E4M3, *shape) is None
-    assert loaded[-1] == ("decode_attention.cu", device, (*heads, "IN_8_BITS=1", *card))
+    assert asked == [(*shape, E4M3, torch.device("cpu"))]
     assert "float16" in str(why_not_fused(layers, torch.float16, torch.float16, *shape))
-    assert "80 wide" in str(why_not_fused(layers, HALF, HALF, 3, 1, 80))
     dense = replace(layers[1], down=nn.Linear(INNER, HIDDEN))
     assert "NF4" in str(why_not_fused([layers[0], dense], HALF, HALF, *shape))
     down = layers[1].down

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,8 +10,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch.nn import functional
 
-from qlorachat.kernels import cuda_source, tiles
-from qlorachat.kernels.device import is_hopper
+from qlorachat.kernels import cuda_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +82,10 @@ def stack(parts: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype) 
     )
 
 
-@functools.cache
-def why_not(device: torch.device) -> str | None:
-    """Why our products can't run on a device; None where it can."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "it is no NVIDIA card"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "its tensor cores are older than Ampere's"
-    if not cuda_source.found():
-        return "cuda-bindings or NVRTC is not installed (pip install qlorachat[cuda])"
-    try:
-        product = "nf4_matmul_hopper.cu" if is_hopper(device) else "nf4_matmul.cu"
-        cuda_source.load([product, tiles.SOURCE, "nf4_write_out.cu"], device)
-    except (RuntimeError, OSError) as error:
-        return f"its driver does not take what NVRTC compiles ({error})"
-    return None
-
-
 def nf4_write_out(weight: Nf4Matrix) -> torch.Tensor:
     """The weights in bfloat16, [N, K], to the bit as bitsandbytes decodes them.
 
-    On a device that `why_not` has nothing against; elsewhere use `nf4_dequantize`.
+    On a device that `card.why_not_products` has nothing against; elsewhere use `nf4_dequantize`.
     """
     shape, device = (weight.rows, weight.columns), weight.packed.device
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -138,6 +119,30 @@ def absmax(weight: Nf4Matrix) -> torch.Tensor:
         for codes, absmax2, offset in parts
     ]
     return torch.cat(scales)
+
+
+def random_matrix(heights: tuple[int, ...], columns: int, generator: torch.Generator) -> Nf4Matrix:
+    """Random bytes on the generator's device, for trials and measurements; absmax up to 1."""
+    device = generator.device
+    rows = sum(heights)
+    groups = sum(-(-height * (columns // 64) // 256) for height in heights)
+    spread = torch.linspace(-1, 1, 256, device=device)
+    code = spread[::17].contiguous()
+
+    def random_bytes(*shape: int) -> torch.Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+    return Nf4Matrix(
+        packed=random_bytes(rows * columns // 2),
+        absmax=random_bytes(-(-columns // 256), rows, 4),
+        absmax2=torch.rand(groups, device=device, generator=generator),
+        code=code,
+        pairs=byte_pairs(code, torch.bfloat16),
+        code2=spread,
+        heights=heights,
+        offsets=(0.0,) * len(heights),
+        columns=columns,
+    )
 
 
 def byte_pairs(code: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

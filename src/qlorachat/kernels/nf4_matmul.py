@@ -29,8 +29,8 @@ class _Instance(NamedTuple):
 def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     """x @ weight^T, [M, N], of x's dtype; sums in float32.
 
-    x: [M, K], contiguous, 1 to 64 rows; bfloat16 on a card, one that `nf4.why_not` has nothing
-    against.
+    x: [M, K], contiguous, 1 to 64 rows; bfloat16 on a card, one that
+    `card.why_not_products` has nothing against.
     """
     sums = torch.empty(len(x), weight.rows, device=x.device)
     nf4_matmul_tiled(tile(x, rows_padded(len(x)), sums), weight, sums)

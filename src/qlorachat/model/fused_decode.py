@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlorachat.kernels import cuda_source, decode_attention, decode_step, nf4
+from qlorachat.kernels.card import why_not_products, why_not_step
 from qlorachat.kernels.decode_attention import Meeting, attend_sums, has_clusters, make_meeting
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
@@ -35,7 +35,7 @@ def why_not_fused(
 ) -> str | None:
     """Why a model's decode steps can't be fused; None: they can. cached: of keys and values."""
     device = layers[0].attention_norm.device
-    if reason := nf4.why_not(device):
+    if reason := why_not_products(device):
         return reason
     projections = [each for layer in layers for each in layer.projections]
     if not all(isinstance(each, Nf4Linear) for each in projections):
@@ -44,15 +44,7 @@ def why_not_fused(
         return "projections have biases"
     if dtype != torch.bfloat16:
         return "float16 has too small a range for a norm that is applied late"
-    if reason := decode_attention.why_not(heads, kv_heads, head_dim):
-        return reason
-    try:
-        cuda_source.load([decode_step.SOURCE], device)
-        shape = decode_attention.definitions(heads, kv_heads, head_dim, cached, device)
-        cuda_source.load([decode_attention.SOURCE], device, shape)
-    except (RuntimeError, OSError) as error:
-        return f"the driver does not take what NVRTC compiles ({error})"
-    return None
+    return why_not_step(heads, kv_heads, head_dim, cached, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from qlorachat import kernels
-from qlorachat.kernels import nf4
+from qlorachat.kernels.card import why_not_products
 from qlorachat.model.cache import KVCache
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
 from qlorachat.model.layer import Layer, take_layer
@@ -50,7 +50,7 @@ class PagedLlama:
         if (reason := why_not_fused(self._layers, self.dtype, self.cached, *heads)) is None:
             rope = (self._cos, self._sin)
             self._fused = FusedDecode(self._layers, self._embedding, rope, self._epsilon)
-        elif nf4.why_not(self.device) is None:
+        elif why_not_products(self.device) is None:
             log.info("decode steps are not fused, which is slower: %s", reason)
 
     def hidden(self, rows: Rows, cache: KVCache) -> torch.Tensor:

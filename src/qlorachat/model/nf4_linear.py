@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn import functional
 
 from qlorachat.kernels import nf4
+from qlorachat.kernels.card import why_not_products
 from qlorachat.kernels.nf4_matmul import MOST_ROWS, nf4_matmul
 
 
 def why_not(parts: Sequence[Linear4bit]) -> str | None:
     """Why layers that read one input stay with bitsandbytes' kernels; None: they need not."""
     states: list[QuantState] = [part.weight.quant_state for part in parts]
-    if reason := nf4.why_not(parts[0].weight.device):
+    if reason := why_not_products(parts[0].weight.device):
         return reason
     if any(state.quant_type != "nf4" or state.blocksize != 64 for state in states):
         return "the weights are not in NF4 with blocks of 64"

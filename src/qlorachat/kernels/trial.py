@@ -1,0 +1,148 @@
+"""Our CUDA kernels on the card at hand, against their references on small inputs.
+
+Each function takes a tensor of the card and raises RuntimeError where a kernel breaks or differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from qlorachat.kernels import decode_step
+from qlorachat.kernels.decode_attention import attend_sums, attend_sums_reference, make_meeting
+from qlorachat.kernels.decode_lora import Expanding, Shrinking
+from qlorachat.kernels.nf4 import nf4_dequantize, nf4_write_out, random_matrix
+from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled, nf4_matmul_tiled_reference
+from qlorachat.kernels.tiles import rows_padded, tile, tiled_shape
+
+HALF = torch.bfloat16
+_NEAR = 2**-5  # of the largest number: many roundings of bfloat16
+_NEAR_IN_8_BITS = 2**-3  # one step of e4m3
+_RANK, _EPS = 16, 1e-5
+
+
+@torch.inference_mode()
+def try_products(like: torch.Tensor) -> None:
+    """NF4 products of every instance with their adapters, and weights written out."""
+    make, heights = _Inputs(like), (48, 16, 96)
+    for columns in (256, 320):
+        weight = random_matrix(heights, columns, make.generator)
+        _compare("a weight written out", nf4_write_out(weight), nf4_dequantize(weight).to(HALF))
+        for rows in (3, 16, 20, 64):
+            x = tile(make.normal(rows, columns), rows_padded(rows))
+            expanding = Expanding(
+                shrunk=make.normal(rows, 2 * len(heights) * _RANK).float(),
+                b=make.normal(2, weight.rows, _RANK),
+                slots=make.slots(rows),
+                scales=make.ones(rows),
+            )
+            sums = make.normal(rows, weight.rows).float()
+            kernels = (nf4_matmul_tiled, nf4_matmul_tiled_reference)
+            _try(f"a product of {rows} rows", *kernels, x, weight, sums, expanding)
+
+
+@torch.inference_mode()
+def try_step(like: torch.Tensor) -> None:
+    """What comes between the products of a fused step, attention apart."""
+    make, width = _Inputs(like), 192
+    for rows in (3, 20):
+        x = like.new_zeros(tiled_shape(width, rows_padded(rows)), dtype=HALF)
+        shrinking = Shrinking(
+            a=make.normal(2, _RANK, width),
+            slots=make.slots(rows),
+            shrunk=like.new_zeros(rows, 2 * _RANK, dtype=torch.float32),
+        )
+        residual, squares = make.normal(rows, width), make.ones(rows)
+        normed = (make.normal(width), x, residual, squares, shrinking)
+        ids = like.new_zeros(rows, dtype=torch.int64)
+        begin = (decode_step.begin_residual, decode_step.begin_residual_reference)
+        _try("the first residual", *begin, ids, make.normal(1, width), *normed)
+        sums = make.normal(rows, width).float()
+        add = (decode_step.add_to_residual, decode_step.add_to_residual_reference)
+        _try("a residual", *add, sums, residual, normed[0], x, squares, shrinking)
+        sums = make.normal(rows, 2 * width).float()
+        silu = (decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference)
+        _try("SwiGLU", *silu, sums, squares, 1, _EPS, x, shrinking)
+
+
+@torch.inference_mode()
+def try_attention(like: torch.Tensor, group: int, head_dim: int, cached: torch.dtype) -> None:
+    """Rope and attention of two key heads, one block a context and several.
+
+    group: query heads of a key head. cached: the dtype of keys and values.
+    """
+    make, block, kv_heads = _Inputs(like), 16, 2
+    lengths = like.new_tensor([1, 40, 300], dtype=torch.int32)
+    rows, longest = len(lengths), int(lengths.max())
+    heads, width = kv_heads * group, -(-longest // block)
+    tables = like.new_tensor(range(rows * width), dtype=torch.int32).view(rows, width)
+    slots = tables[:, 0] * block + lengths - 1  # a row's blocks follow each other
+    context = (
+        *(make.normal(longest, head_dim), make.normal(longest, head_dim)),
+        *(lengths - 1, slots),
+        *(make.normal(rows * width, block, kv_heads, head_dim).to(cached) for _ in range(2)),
+        *(tables, lengths),
+    )
+    sums = make.normal(rows, (heads + 2 * kv_heads) * head_dim).float()
+    out = like.new_zeros(tiled_shape(heads * head_dim, rows_padded(rows)), dtype=HALF)
+    for splits in (1, 4):
+        meeting = make_meeting(rows, heads, kv_heads, head_dim, like.device, splits)
+        attend = partial(attend_sums, meeting=meeting, splits=splits)
+        arguments = (sums, make.ones(rows), 1, _EPS, *context, head_dim**-0.5, out, None)
+        _try(f"attention in {splits} blocks", attend, attend_sums_reference, *arguments)
+
+
+class _Inputs:
+    """The same numbers whenever it is made; no other random number depends on them."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._like = like
+        self.generator = torch.Generator(like.device).manual_seed(0)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return self._like.new_empty(shape, dtype=HALF).normal_(generator=self.generator)
+
+    def ones(self, rows: int) -> torch.Tensor:
+        return self._like.new_ones(rows, dtype=torch.float32)
+
+    def slots(self, rows: int) -> torch.Tensor:
+        """No adapter, and each of two."""
+        return self._like.new_tensor([row % 3 for row in range(rows)], dtype=torch.int32)
+
+
+def _try(
+    what: str,
+    kernel: Callable[..., None],
+    reference: Callable[..., None],
+    *arguments: Any,
+) -> None:
+    """Both on copies of the arguments, of which every tensor must come out alike."""
+    ours, theirs = ([_copy(each) for each in arguments] for _ in range(2))
+    kernel(*ours)
+    reference(*theirs)
+    for own, other in zip(_tensors(ours), _tensors(theirs), strict=True):
+        _compare(what, own, other)
+
+
+def _copy(argument: Any) -> Any:
+    if isinstance(argument, Expanding | Shrinking):
+        return type(argument)(*(tensor.clone() for tensor in argument))
+    return argument.clone() if isinstance(argument, torch.Tensor) else argument
+
+
+def _tensors(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, Expanding | Shrinking):
+            yield from each
+
+
+def _compare(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    near = _NEAR_IN_8_BITS if ours.element_size() == 1 else _NEAR
+    error = (ours.float() - theirs.float()).abs().max()
+    if not error <= near * theirs.float().abs().max():  # nor where it is NaN
+        raise RuntimeError(f"{what} differs from its reference by {float(error):.2g}")
