@@ -11,16 +11,17 @@ spread of float32 sums; A x, of the x that was written. Ends with status 1 if a 
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from as_ampere import as_ampere
 from qlorachat.kernels import decode_attention, decode_step
-from qlorachat.kernels.decode_attention import make_meeting
+from qlorachat.kernels.decode_attention import Meeting, PagedContext, make_meeting
 from qlorachat.kernels.decode_lora import Shrinking, shrink_reference
 from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tiled_shape, untile
 
 ROUNDED = 2**-7  # one step of bfloat16's last digit
@@ -38,9 +39,10 @@ def half(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda").bfloat16()
 
 
-def product(rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums and squares, as a product of `rows` rows leaves them."""
-    return torch.randn(rows, outputs, device="cuda"), 100 * torch.rand(rows, device="cuda")
+def product(rows: int, outputs: int) -> tuple[torch.Tensor, LateNorm]:
+    """Sums as a product of `rows` rows leaves them, and the norm that was put off."""
+    squares = 100 * torch.rand(rows, device="cuda")
+    return torch.randn(rows, outputs, device="cuda"), LateNorm(squares, HIDDEN, EPS)
 
 
 def shrinking(rows: int, columns: int, rank: int | None) -> Shrinking | None:
@@ -83,7 +85,7 @@ def step_cases() -> Iterator[Case]:
                 yield (
                     f"silu_mul_sums, {heading}",
                     *(decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference),
-                    (*product(rows, 2 * width), HIDDEN, EPS, tiled(rows, width), adapters),
+                    (*product(rows, 2 * width), tiled(rows, width), adapters),
                 )
             yield (
                 f"the last add_to_residual, {rows} rows of {width}",
@@ -106,20 +108,24 @@ def attention_cases() -> Iterator[Case]:
     for (number, rows), in_8_bits in itertools.product(enumerate(ROWS * 7), (False, True)):
         heads, kv_heads, dim = shapes[number % len(shapes)]
         rank, splits = RANKS[number % len(RANKS)], SPLITS[number // len(ROWS) % len(SPLITS)]
-        lengths = [longest[(number + i) % (3 + number % 6)] for i in range(rows)]
-        width = max(1, -(-max(lengths) // 16))
+        contexts = [longest[(number + i) % (3 + number % 6)] for i in range(rows)]
+        width = max(1, -(-max(contexts) // 16))
         blocks = rows * width + 1
         cache = half(2, blocks, 16, kv_heads, dim)
         tables = torch.randperm(blocks, device="cuda")[: rows * width].int().view(rows, width)
-        context = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        places = (context - 1).clamp(min=0)
+        lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+        places = (lengths - 1).clamp(min=0)
         slots = tables.gather(1, (places // 16)[:, None].long())[:, 0] * 16 + places % 16
-        for row, length in enumerate(lengths):  # what lies beyond a context is not looked at
+        for row, length in enumerate(contexts):  # what lies beyond a context is not looked at
             if length % 16:
                 cache[:, tables[row, length // 16], length % 16 :] = NAN
         if in_8_bits:
             cache = cache.to(E4M3)
         angles = torch.rand(4096, dim, device="cuda")
+        context = PagedContext(
+            *(angles.cos().bfloat16(), angles.sin().bfloat16(), places),
+            *(torch.where(lengths > 0, slots, -1), *cache.unbind(), tables, lengths),
+        )
         heading = f"attend_sums, {rows} rows, heads {heads}/{kv_heads}/{dim}, {cache.dtype}"
         meeting = make_meeting(rows, heads, kv_heads, dim, cache.device, splits)
         yield (
@@ -127,9 +133,7 @@ def attention_cases() -> Iterator[Case]:
             decode_attention.attend_sums,
             decode_attention.attend_sums_reference,
             (
-                *(*product(rows, (heads + 2 * kv_heads) * dim), HIDDEN, EPS),
-                *(angles.cos().bfloat16(), angles.sin().bfloat16(), places),
-                *(torch.where(context > 0, slots, -1), *cache.unbind(), tables, context),
+                *(*product(rows, (heads + 2 * kv_heads) * dim), context),
                 *(dim**-0.5, tiled(rows, heads * dim), shrinking(rows, heads * dim, rank)),
                 *((meeting,) if splits is None else (meeting, splits)),
             ),
@@ -137,9 +141,19 @@ def attention_cases() -> Iterator[Case]:
 
 
 def copy(argument: Any) -> Any:
-    if isinstance(argument, Shrinking):
-        return Shrinking(*(tensor.clone() for tensor in argument))
+    """Of a tensor, or of a named tuple with some."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(copy, argument))
     return argument.clone() if isinstance(argument, torch.Tensor) else argument
+
+
+def tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Of all arguments but those that atomic adds leave, and scratch."""
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, tuple) and not isinstance(each, Shrinking | Meeting):
+            yield from tensors(each)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -160,17 +174,15 @@ def check(case: Case) -> str | None:
         kernel(*own)
     torch.cuda.synchronize()
     # one new key or value that is rounded to another neighbour
-    in_8_bits = any(isinstance(each, torch.Tensor) and each.dtype == E4M3 for each in arguments)
+    in_8_bits = any(each.dtype == E4M3 for each in tensors(arguments))
     allowed = torch.finfo(E4M3).eps if in_8_bits else ROUNDED
-    for place, (first, second, expected) in enumerate(zip(*runs, strict=True)):
-        if not isinstance(expected, torch.Tensor) or expected.numel() == 0:
-            continue
+    for place, (first, second, expected) in enumerate(zip(*map(tensors, runs), strict=True)):
         if (worst := difference(first, expected)) > allowed:
-            return f"{name}: argument {place} differs by {worst:.2e}"
+            return f"{name}: tensor {place} differs by {worst:.2e}"
         if expected.dtype != torch.float32 and not torch.equal(
             first.float().nan_to_num(), second.float().nan_to_num()
         ):
-            return f"{name}: argument {place} differs from run to run"
+            return f"{name}: tensor {place} differs from run to run"
     if any(not shrunk_well(own, arguments) for own in runs[:2]):
         return f"{name}: A x differs"
     return None

@@ -1,7 +1,5 @@
 """Rope and attention of a fused decode step: the reference against rope, then attention."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 
@@ -11,8 +9,9 @@ from qlorachat.kernels import (
     paged_decode_attention,
     rope_and_cache,
 )
-from qlorachat.kernels.decode_attention import attend_sums, make_meeting
+from qlorachat.kernels.decode_attention import PagedContext, attend_sums, make_meeting
 from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import untile
 from tests.kernels.cases import POISON, make_paged
 from tests.kernels.emulator import AMPERE, HOPPER, Card
@@ -31,37 +30,25 @@ LENGTHS = [1, 0, 40, 17, 33, 0, 16, 2, 100]  # 0: a padding row
 PROCESSORS = 132
 
 
-class Context(NamedTuple):
-    """What `attend_sums` takes between a norm and the scale, in its order."""
+def copied(context: PagedContext) -> PagedContext:
+    return PagedContext(*(tensor.clone() for tensor in context))
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    block_tables: torch.Tensor
-    context_lengths: torch.Tensor
 
-    def copy(self) -> "Context":
-        return Context(*(tensor.clone() for tensor in self))
+def caches(context: PagedContext) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values by slot, [slots, G, D]."""
+    return context.key_cache.flatten(0, 1), context.value_cache.flatten(0, 1)
 
-    @property
-    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values by slot, [slots, G, D]."""
-        return self.key_cache.flatten(0, 1), self.value_cache.flatten(0, 1)
 
-    @property
-    def written(self) -> torch.Tensor:
-        """Which slots get a new key and value, bool [slots]."""
-        own = torch.zeros(len(self.caches[0]), dtype=torch.bool)
-        own[self.slots[self.slots >= 0]] = True
-        return own
+def written(context: PagedContext) -> torch.Tensor:
+    """Which slots get a new key and value, bool [slots]."""
+    own = torch.zeros(len(caches(context)[0]), dtype=torch.bool)
+    own[context.slots[context.slots >= 0]] = True
+    return own
 
 
 def make_context(
     dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, all_lengths: list[int] = LENGTHS
-) -> Context:
+) -> PagedContext:
     """NaN wherever no key or value of an earlier step is."""
     case = make_paged(dtype, all_lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     lengths, block_size = case.context_lengths, case.key_cache.shape[1]
@@ -69,16 +56,16 @@ def make_context(
     blocks = case.block_tables[torch.arange(len(lengths)), positions // block_size]
     slots = torch.where(lengths > 0, blocks * block_size + positions % block_size, -1)
     angles = torch.rand(max(all_lengths), head_dim) * 6
-    context = Context(
+    context = PagedContext(
         *(angles.cos().to(dtype), angles.sin().to(dtype), positions, slots),
         *(case.key_cache, case.value_cache, case.block_tables, lengths),
     )
-    for cache in context.caches:
-        cache[context.written] = POISON
+    for cache in caches(context):
+        cache[written(context)] = POISON
     return context
 
 
-def attend_apart(qkv: torch.Tensor, context: Context, scale: float) -> torch.Tensor:
+def attend_apart(qkv: torch.Tensor, context: PagedContext, scale: float) -> torch.Tensor:
     """`rope_and_cache`, then `paged_decode_attention`, [M, H * D]."""
     cos, sin, positions, slots, keys, values, tables, lengths = context
     q = rope_and_cache(qkv, cos, sin, positions, slots, keys, values)
@@ -98,9 +85,10 @@ def test_it_is_rope_then_attention(
     sums, given, qkv = make_product(rows, columns + 2 * kv_heads * head_dim)
     shrinking = make_shrinking(torch.float32, rows, columns, rank)
     before = make_context(torch.float32, heads, kv_heads, head_dim)
-    ours, theirs = before.copy(), before.copy()
+    ours, theirs = copied(before), copied(before)
     out, squares = make_tiled(torch.float32, columns, 16), given.clone()
-    attend_sums(sums, squares, HIDDEN, EPS, *ours, 1 / head_dim, out, shrinking)
+    norm = LateNorm(squares, HIDDEN, EPS)
+    attend_sums(sums, norm, ours, 1 / head_dim, out, shrinking)
     expected = attend_apart(qkv, theirs, 1 / head_dim)
     actual = untile(out, rows, columns)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
@@ -109,8 +97,8 @@ def test_it_is_rope_then_attention(
     assert_shrunk(shrinking, out)
     assert not sums.any()
     assert torch.equal(squares, given)
-    own = before.written
-    for old, new, other in zip(before.caches, ours.caches, theirs.caches, strict=True):
+    own = written(before)
+    for old, new, other in zip(*map(caches, (before, ours, theirs)), strict=True):
         torch.testing.assert_close(new[own], other[own], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(new[~own], old[~own], rtol=0, atol=0, equal_nan=True)
 
@@ -120,13 +108,13 @@ def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
     sums, squares = torch.randn(len(LENGTHS), 8 * 64), 100 * torch.rand(len(LENGTHS))
     qkv = (sums * torch.rsqrt(squares[:, None] / 50 + EPS)).to(dtype)
     ours = make_context(dtype, 4, 2, 64)
-    theirs, out = ours.copy(), make_tiled(dtype, 4 * 64, 16)
+    theirs, out = copied(ours), make_tiled(dtype, 4 * 64, 16)
     shrinking = make_shrinking(dtype, len(LENGTHS), 4 * 64, 16)
-    attend_sums(sums, squares, 50, EPS, *ours, 0.1, out, shrinking)
+    attend_sums(sums, LateNorm(squares, 50, EPS), ours, 0.1, out, shrinking)
     assert torch.equal(untile(out, len(LENGTHS), 4 * 64), attend_apart(qkv, theirs, 0.1))
     assert_shrunk(shrinking, out)
-    for new, other in zip(ours.caches, theirs.caches, strict=True):
-        assert torch.equal(new[ours.written], other[ours.written])
+    for new, other in zip(caches(ours), caches(theirs), strict=True):
+        assert torch.equal(new[written(ours)], other[written(ours)])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 from qlorachat.kernels import cuda_source, silu_mul
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
+from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tile, untile
 from tests.kernels.step_cases import (
     EPS,
@@ -92,7 +93,7 @@ def test_silu_after_a_norm_put_off(rank: int | None) -> None:
     sums, given, gate_up = make_product(9, 640)
     x, squares = make_tiled(torch.float32, 320, 16), given.clone()
     shrinking = make_shrinking(torch.float32, 9, 320, rank)
-    silu_mul_sums(sums, squares, HIDDEN, EPS, x, shrinking)
+    silu_mul_sums(sums, LateNorm(squares, HIDDEN, EPS), x, shrinking)
     torch.testing.assert_close(untile(x, 9, 320), silu_mul(gate_up), rtol=1e-4, atol=1e-4)
     assert_untouched(x, 9, 320)
     assert_shrunk(shrinking, x)
@@ -105,7 +106,7 @@ def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
     sums, squares = torch.randn(7, 128), 100 * torch.rand(7)
     gate_up = sums * torch.rsqrt(squares[:, None] / 50 + EPS)
     x, shrinking = make_tiled(dtype, 64, 8), make_shrinking(dtype, 7, 64, 16)
-    silu_mul_sums(sums, squares, 50, EPS, x, shrinking)
+    silu_mul_sums(sums, LateNorm(squares, 50, EPS), x, shrinking)
     assert torch.equal(untile(x, 7, 64), silu_mul(gate_up.to(dtype)))
     assert_shrunk(shrinking, x)
 

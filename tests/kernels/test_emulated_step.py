@@ -1,13 +1,13 @@
 """The CUDA kernels of a fused decode step, run on a CPU (`emulator`), against their references."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from qlorachat.kernels.attention import paged_decode_attention_reference
-from qlorachat.kernels.decode_attention import Meeting, attend_sums, make_meeting
+from qlorachat.kernels.decode_attention import Meeting, PagedContext, attend_sums, make_meeting
 from qlorachat.kernels.decode_lora import Shrinking
 from qlorachat.kernels.decode_step import (
     add_to_residual,
@@ -19,7 +19,7 @@ from qlorachat.kernels.decode_step import (
 )
 from qlorachat.kernels.eight_bits import E4M3
 from qlorachat.kernels.rotary import rope_and_cache_reference
-from qlorachat.kernels.sums import inverse_rms_reference, take_sums_reference
+from qlorachat.kernels.sums import LateNorm, take_sums_reference
 from qlorachat.kernels.tiles import rows_padded, write_tiled
 from tests.kernels.cases import POISON
 from tests.kernels.emulator import Emulator, OnCard
@@ -45,11 +45,20 @@ def make_half_shrinking(rows: int, columns: int, rank: int | None) -> Shrinking 
 
 
 def copied(argument: Any, kind: type[torch.Tensor]) -> Any:
-    if isinstance(argument, Shrinking | Meeting):
-        return type(argument)(*(tensor.clone() for tensor in argument))
+    if isinstance(argument, tuple):
+        return type(argument)(*(copied(each, kind) for each in argument))
     if not isinstance(argument, torch.Tensor):
         return argument
     return argument.clone().as_subclass(kind)
+
+
+def tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Of all arguments but those that atomic adds leave, and scratch."""
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, tuple) and not isinstance(each, Shrinking | Meeting):
+            yield from tensors(each)
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -90,11 +99,10 @@ def check(
     for card.seed in SEEDS:
         runs.append([copied(argument, OnCard) for argument in arguments])
         launcher(*runs[-1], **settings)
-    for other, *ours in zip(expected, *runs, strict=True):
-        if isinstance(other, torch.Tensor):
-            for own in ours:
-                assert_alike(own, other)
-                assert other.dtype == torch.float32 or same(own, ours[0])
+    for other, *ours in zip(*map(tensors, (expected, *runs)), strict=True):
+        for own in ours:
+            assert_alike(own, other)
+            assert other.dtype == torch.float32 or same(own, ours[0])
     for run in runs:
         check_shrunk(run, arguments)
         assert not any(each.arrived.any() for each in run if isinstance(each, Meeting))
@@ -146,30 +154,31 @@ def test_the_last_add_to_residual(card: Emulator) -> None:
 @pytest.mark.parametrize("rank", [None, 16, 64, 128])
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
 def test_silu_mul(card: Emulator, rows: int, width: int, rank: int | None) -> None:
-    product = make_sums(rows, 2 * width)
+    sums, squares = make_sums(rows, 2 * width)
     x = make_tiled(torch.bfloat16, width, rows_padded(rows))
     shrinking = make_half_shrinking(rows, width, rank)
     check(
         *(card, silu_mul_sums, silu_mul_sums_reference),
-        *(*product, HIDDEN, EPS, x, shrinking),
+        *(sums, LateNorm(squares, HIDDEN, EPS), x, shrinking),
     )
 
 
 def attend_in_float32(
     sums: torch.Tensor,
-    squares: torch.Tensor,
-    width: int,
-    eps: float,
-    *rest: Any,
+    norm: LateNorm,
+    context: PagedContext,
+    scale: float,
+    out: torch.Tensor,
+    *of_a_card: object,
 ) -> None:
     """`attend_sums_reference` with scores and weights that are not rounded, as the kernel's.
 
     A x is left to `check_shrunk`.
     """
-    *_, keys, values, tables, lengths, scale, out, _, _ = rest
-    qkv = (take_sums_reference(sums) * inverse_rms_reference(squares, width, eps)).bfloat16()
-    q = rope_and_cache_reference(qkv, *rest[:6])
-    caches = (keys.float(), values.float())
+    qkv = (take_sums_reference(sums) * norm.factors()).bfloat16()
+    *places, tables, lengths = context
+    q = rope_and_cache_reference(qkv, *places)
+    caches = (context.key_cache.float(), context.value_cache.float())
     mixed = paged_decode_attention_reference(q.float(), *caches, tables, lengths, scale)
     write_tiled(mixed.flatten(1).bfloat16(), out)
 
@@ -197,7 +206,7 @@ def test_attention(
     in_8_bits: bool,
 ) -> None:
     rows, columns = len(lengths), heads * head_dim
-    product = make_sums(rows, columns + 2 * kv_heads * head_dim)
+    sums, squares = make_sums(rows, columns + 2 * kv_heads * head_dim)
     context = make_context(torch.bfloat16, heads, kv_heads, head_dim, lengths)
     if in_8_bits:
         caches = (context.key_cache.to(E4M3), context.value_cache.to(E4M3))
@@ -210,6 +219,7 @@ def test_attention(
         meeting = make_meeting(*shape, out.device, splits)
     check(
         *(card, attend_sums, attend_in_float32),
-        *(*product, HIDDEN, EPS, *context, head_dim**-0.5, out, shrinking, meeting),
+        *(sums, LateNorm(squares, HIDDEN, EPS), context),
+        *(head_dim**-0.5, out, shrinking, meeting),
         splits=splits,
     )

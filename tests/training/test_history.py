@@ -58,14 +58,6 @@ def test_overflown_gradients_are_kept_in_plain_json() -> None:
     assert History.from_json(written.to_json()) == written
 
 
-def test_until_keeps_what_had_happened() -> None:
-    assert history().until(3) == history()
-    earlier = history().until(1)
-    assert [each.step for each in earlier.steps] == [1]
-    assert [each.step for each in earlier.evaluations] == [0, 1]
-    assert [each.step for each in earlier.chats] == [0]
-
-
 def test_the_best_is_the_first_of_the_lowest_after_a_step() -> None:
     assert history().best == Evaluation(2, 2.0)
     assert History(evaluations=[Evaluation(0, 1.0)]).best is None

@@ -11,12 +11,7 @@ from qlorachat.kernels.attention import paged_decode_attention_reference
 from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
 from qlorachat.kernels.device import count_processors, starts_early
 from qlorachat.kernels.rotary import rope_and_cache_reference
-from qlorachat.kernels.sums import (
-    check_squares,
-    check_sums,
-    inverse_rms_reference,
-    take_sums_reference,
-)
+from qlorachat.kernels.sums import LateNorm, check_sums, take_sums_reference
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
 SOURCE = "decode_attention.cu"
@@ -56,6 +51,38 @@ def has_clusters(device: torch.device) -> bool:
     return starts_early(device)
 
 
+class PagedContext(NamedTuple):
+    """Where M rows are in their contexts, and the paged cache of one layer.
+
+    cos, sin: [positions, D]. positions, slots: int32 [M], of the new position, the last one of its
+    context; slot -1: it is not kept. key_cache, value_cache: [blocks, block_size, G, D], in cos'
+    dtype or in 8 bits. block_tables: int32 [M, width]. context_lengths: int32 [M].
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_tables: torch.Tensor
+    context_lengths: torch.Tensor
+
+    def check(self, rows: int, dtype: torch.dtype) -> None:
+        integers = (self.positions, self.slots, self.context_lengths)
+        assert all(tensor.shape == (rows,) for tensor in integers)
+        assert all(tensor.dtype == torch.int32 for tensor in (*integers, self.block_tables))
+        assert len(self.block_tables) == rows
+        assert self.block_tables.stride(1) == 1
+        assert self.key_cache.shape == self.value_cache.shape
+        assert self.key_cache.dtype == self.value_cache.dtype
+        assert eight_bits.fits(self.key_cache, dtype)
+        assert self.cos.shape == self.sin.shape == (len(self.cos), self.key_cache.shape[3])
+        assert self.cos.dtype == self.sin.dtype == dtype
+        whole = (self.cos, self.sin, self.key_cache, self.value_cache)
+        assert all(tensor.is_contiguous() for tensor in whole)
+
+
 class Meeting(NamedTuple):
     """Where blocks that share a context meet on a card without clusters, as `make_meeting` does.
 
@@ -84,17 +111,8 @@ def make_meeting(
 
 def attend_sums(
     sums: torch.Tensor,
-    squares: torch.Tensor,
-    width: int,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lengths: torch.Tensor,
+    norm: LateNorm,
+    context: PagedContext,
     scale: float,
     out: torch.Tensor,
     shrinking: Shrinking | None,
@@ -103,39 +121,31 @@ def attend_sums(
 ) -> None:
     """`rope_and_cache`, then `paged_decode_attention`, of q|k|v = sums / rms; and A x of that.
 
-    sums: float32 [M, (H + 2G) * D], cleared; rounded once. squares: float32 [M], sums over `width`
-    columns. out: tiled [blocks, P, 64], of [M, H * D]; its padding stays as it is. The rest as in
-    those two, all in out's dtype, bfloat16 on a card; the caches may be in 8 bits. A row's new
-    position is the last of its context. shrinking: the adapters of the product that follows.
-    meeting: must be there on a card without clusters.
+    sums: float32 [M, (H + 2G) * D], cleared; rounded once. norm: of [M]. out: tiled
+    [blocks, P, 64], of [M, H * D], bfloat16 on a card; its padding stays as it is. shrinking: the
+    adapters of the product that follows. meeting: must be there on a card without clusters.
     splits: a power of two up to 8, how many blocks share one context; None: chosen.
     """
     rows, columns = sums.shape
-    kv_heads, head_dim = key_cache.shape[2:]
+    block_size, kv_heads, head_dim = context.key_cache.shape[1:]
     heads = columns // head_dim - 2 * kv_heads
     assert columns == (heads + 2 * kv_heads) * head_dim
     assert heads % kv_heads == 0
     assert out.shape == tiled_shape(heads * head_dim, out.shape[1])
     assert rows <= out.shape[1]
-    assert positions.shape == (rows,)
-    assert eight_bits.fits(key_cache, out.dtype)
     assert out.is_contiguous()
-    _check_context(cos, sin, positions, slots, key_cache, value_cache)
-    _check_reach(block_tables, context_lengths, rows)
     check_sums(sums)
-    check_squares(squares, rows)
+    norm.check(rows)
+    context.check(rows, out.dtype)
     if shrinking is not None:
         shrinking.check(rows, heads * head_dim, out.dtype)
     if not out.is_cuda:
-        attend_sums_reference(
-            *(sums, squares, width, eps, cos, sin, positions, slots),
-            *(key_cache, value_cache, block_tables, context_lengths, scale, out, shrinking),
-        )
+        attend_sums_reference(sums, norm, context, scale, out, shrinking)
         return
     assert out.dtype == torch.bfloat16
-    splits = splits or _choose_splits(rows * kv_heads, block_tables.shape[1], out.device)
+    width = context.block_tables.shape[1]
+    splits = splits or _choose_splits(rows * kv_heads, width, out.device)
     assert splits in (1, 2, 4, _MOST_SPLITS)
-    block_size = key_cache.shape[1]
     assert block_size >= _STEP
     assert block_size.bit_count() == 1
     clusters = has_clusters(out.device)
@@ -143,20 +153,23 @@ def attend_sums(
         assert meeting is not None
         assert meeting.sums.numel() >= rows * splits * heads * (head_dim + 2)
         assert len(meeting.arrived) >= rows * kv_heads
-    shape = definitions(heads, kv_heads, head_dim, key_cache.dtype, out.device)
+    cached = context.key_cache.dtype
+    shape = definitions(heads, kv_heads, head_dim, cached, out.device)
     function = cuda_source.load_kernel(
         *(SOURCE, "attend", out.device, shape),
         shared_percent=cuda_source.STEP_SHARED,
     )
     arguments = (
-        *(sums, squares, key_cache, value_cache, block_tables, context_lengths),
-        *(slots, positions, cos, sin, out, *shrinking_arguments(shrinking)),
-        *(block_tables.stride(0), block_size.bit_length() - 1, 1 / width, eps),
+        *(sums, norm.squares, context.key_cache, context.value_cache),
+        *(context.block_tables, context.context_lengths, context.slots, context.positions),
+        *(context.cos, context.sin, out, *shrinking_arguments(shrinking)),
+        *(context.block_tables.stride(0), block_size.bit_length() - 1),
+        *(1 / norm.width, norm.eps),
         *(scale * _LOG2_E, out.shape[1]),
         *((None, None) if clusters or meeting is None else meeting),
     )
     # bytes of keys and values; a warp leaves its float32 sums there
-    stage = (_THREADS // 32) * 2 * _STEP * head_dim * key_cache.element_size()
+    stage = (_THREADS // 32) * 2 * _STEP * head_dim * context.key_cache.element_size()
     ring = _stages(out.device) * stage
     cuda_source.launch(
         function,
@@ -172,53 +185,20 @@ def attend_sums(
 
 def attend_sums_reference(
     sums: torch.Tensor,
-    squares: torch.Tensor,
-    width: int,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lengths: torch.Tensor,
+    norm: LateNorm,
+    context: PagedContext,
     scale: float,
     out: torch.Tensor,
     shrinking: Shrinking | None,
 ) -> None:
     """`attend_sums` in plain torch."""
-    factors = inverse_rms_reference(squares, width, eps)
-    qkv = (take_sums_reference(sums) * factors).to(out.dtype)
-    caches = (key_cache, value_cache)
-    q = rope_and_cache_reference(qkv, cos, sin, positions, slots, *caches)
-    mixed = paged_decode_attention_reference(q, *caches, block_tables, context_lengths, scale)
+    qkv = (take_sums_reference(sums) * norm.factors()).to(out.dtype)
+    *places, tables, lengths = context
+    q = rope_and_cache_reference(qkv, *places)
+    caches = (context.key_cache, context.value_cache)
+    mixed = paged_decode_attention_reference(q, *caches, tables, lengths, scale)
     write_tiled(mixed.flatten(1), out)
     shrink_reference(mixed.flatten(1), shrinking)
-
-
-def _check_context(
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-) -> None:
-    assert cos.shape == sin.shape == (len(cos), key_cache.shape[3])
-    assert positions.shape == slots.shape
-    assert positions.dtype == slots.dtype == torch.int32
-    assert key_cache.shape == value_cache.shape
-    assert cos.dtype == sin.dtype
-    assert key_cache.dtype == value_cache.dtype
-    assert all(tensor.is_contiguous() for tensor in (cos, sin, key_cache, value_cache))
-
-
-def _check_reach(block_tables: torch.Tensor, context_lengths: torch.Tensor, rows: int) -> None:
-    assert context_lengths.shape == (rows,)
-    assert len(block_tables) == rows
-    assert block_tables.stride(1) == 1
-    assert block_tables.dtype == context_lengths.dtype == torch.int32
 
 
 def _choose_splits(contexts: int, width: int, device: torch.device) -> int:

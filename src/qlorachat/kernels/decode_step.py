@@ -15,12 +15,7 @@ from qlorachat.kernels import cuda_source
 from qlorachat.kernels.activation import silu_mul_reference
 from qlorachat.kernels.cuda_source import Argument
 from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
-from qlorachat.kernels.sums import (
-    check_squares,
-    check_sums,
-    inverse_rms_reference,
-    take_sums_reference,
-)
+from qlorachat.kernels.sums import LateNorm, check_squares, check_sums, take_sums_reference
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
 SOURCE = "decode_step.cu"
@@ -95,17 +90,15 @@ def add_to_residual(
 
 def silu_mul_sums(
     sums: torch.Tensor,
-    squares: torch.Tensor,
-    hidden: int,
-    eps: float,
+    norm: LateNorm,
     x: torch.Tensor,
     shrinking: Shrinking | None,
 ) -> None:
     """`silu_mul` of gate|up = sums / rms, rounded once, tiled; and A x of it.
 
-    sums: float32 [M, 2 * width], cleared; width is a multiple of 64. squares: float32 [M], sums
-    over `hidden` columns. x: tiled [blocks, P, 64], contiguous; bfloat16 on a card. shrinking: the
-    adapters of the product that follows.
+    sums: float32 [M, 2 * width], cleared; width is a multiple of 64. norm: of [M]. x: tiled
+    [blocks, P, 64], contiguous; bfloat16 on a card. shrinking: the adapters of the product that
+    follows.
     """
     rows, outputs = sums.shape
     assert outputs % 2 == 0
@@ -113,15 +106,15 @@ def silu_mul_sums(
     assert rows <= x.shape[1]
     assert x.is_contiguous()
     check_sums(sums)
-    check_squares(squares, rows)
+    norm.check(rows)
     if shrinking is not None:
         shrinking.check(rows, outputs // 2, x.dtype)
     if not x.is_cuda:
-        silu_mul_sums_reference(sums, squares, hidden, eps, x, shrinking)
+        silu_mul_sums_reference(sums, norm, x, shrinking)
         return
     arguments = (
-        *(sums, squares, x, *shrinking_arguments(shrinking)),
-        *(outputs // 2, 1 / hidden, eps, rows, x.shape[1]),
+        *(sums, norm.squares, x, *shrinking_arguments(shrinking)),
+        *(outputs // 2, 1 / norm.width, norm.eps, rows, x.shape[1]),
     )
     _launch("silu_mul", outputs // 2, rows, arguments, x)
 
@@ -156,15 +149,12 @@ def add_to_residual_reference(
 
 def silu_mul_sums_reference(
     sums: torch.Tensor,
-    squares: torch.Tensor,
-    hidden: int,
-    eps: float,
+    norm: LateNorm,
     x: torch.Tensor,
     shrinking: Shrinking | None,
 ) -> None:
     """`silu_mul_sums` in plain torch."""
-    factors = inverse_rms_reference(squares, hidden, eps)
-    active = silu_mul_reference((take_sums_reference(sums) * factors).to(x.dtype))
+    active = silu_mul_reference((take_sums_reference(sums) * norm.factors()).to(x.dtype))
     write_tiled(active, x)
     shrink_reference(active, shrinking)
 

@@ -7,6 +7,8 @@ known.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -14,6 +16,24 @@ def check_sums(sums: torch.Tensor) -> None:
     assert len(sums) >= 1
     assert sums.dtype == torch.float32
     assert sums.is_contiguous()
+
+
+class LateNorm(NamedTuple):
+    """The norm of a product's x, put off: who reads its sums multiplies row m by 1 / rms.
+
+    squares: float32 [M], of rows of `width` columns.
+    """
+
+    squares: torch.Tensor
+    width: int
+    eps: float
+
+    def check(self, rows: int) -> None:
+        check_squares(self.squares, rows)
+
+    def factors(self) -> torch.Tensor:
+        """What each row is multiplied by, float32 [M, 1]."""
+        return torch.rsqrt(self.squares[:, None] / self.width + self.eps)
 
 
 def check_squares(squares: torch.Tensor, rows: int) -> None:
@@ -27,8 +47,3 @@ def take_sums_reference(sums: torch.Tensor) -> torch.Tensor:
     taken = sums.clone()
     sums.zero_()
     return taken
-
-
-def inverse_rms_reference(squares: torch.Tensor, width: int, eps: float) -> torch.Tensor:
-    """What the norm that was put off multiplies each row by, float32 [M, 1]."""
-    return torch.rsqrt(squares[:, None] / width + eps)

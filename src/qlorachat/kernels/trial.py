@@ -5,17 +5,23 @@ Each function takes a tensor of the card and raises RuntimeError where a kernel 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 from qlorachat.kernels import decode_step
-from qlorachat.kernels.decode_attention import attend_sums, attend_sums_reference, make_meeting
+from qlorachat.kernels.decode_attention import (
+    PagedContext,
+    attend_sums,
+    attend_sums_reference,
+    make_meeting,
+)
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.nf4 import nf4_dequantize, nf4_write_out, random_matrix
 from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled, nf4_matmul_tiled_reference
+from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tile, tiled_shape
 
 HALF = torch.bfloat16
@@ -65,7 +71,7 @@ def try_step(like: torch.Tensor) -> None:
         _try("a residual", *add, sums, residual, normed[0], x, squares, shrinking)
         sums = make.normal(rows, 2 * width).float()
         silu = (decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference)
-        _try("SwiGLU", *silu, sums, squares, 1, _EPS, x, shrinking)
+        _try("SwiGLU", *silu, sums, LateNorm(squares, 1, _EPS), x, shrinking)
 
 
 @torch.inference_mode()
@@ -80,19 +86,20 @@ def try_attention(like: torch.Tensor, group: int, head_dim: int, cached: torch.d
     heads, width = kv_heads * group, -(-longest // block)
     tables = like.new_tensor(range(rows * width), dtype=torch.int32).view(rows, width)
     slots = tables[:, 0] * block + lengths - 1  # a row's blocks follow each other
-    context = (
-        *(make.normal(longest, head_dim), make.normal(longest, head_dim)),
-        *(lengths - 1, slots),
-        *(make.normal(rows * width, block, kv_heads, head_dim).to(cached) for _ in range(2)),
-        *(tables, lengths),
+    keys, values = (
+        make.normal(rows * width, block, kv_heads, head_dim).to(cached) for _ in range(2)
     )
+    rope = (make.normal(longest, head_dim), make.normal(longest, head_dim))
+    context = PagedContext(*rope, lengths - 1, slots, keys, values, tables, lengths)
     sums = make.normal(rows, (heads + 2 * kv_heads) * head_dim).float()
     out = like.new_zeros(tiled_shape(heads * head_dim, rows_padded(rows)), dtype=HALF)
     for splits in (1, 4):
         meeting = make_meeting(rows, heads, kv_heads, head_dim, like.device, splits)
         attend = partial(attend_sums, meeting=meeting, splits=splits)
-        arguments = (sums, make.ones(rows), 1, _EPS, *context, head_dim**-0.5, out, None)
-        _try(f"attention in {splits} blocks", attend, attend_sums_reference, *arguments)
+        norm = LateNorm(make.ones(rows), 1, _EPS)
+        kernels = (attend, attend_sums_reference)
+        arguments = (sums, norm, context, head_dim**-0.5, out, None)
+        _try(f"attention in {splits} blocks", *kernels, *arguments)
 
 
 class _Inputs:
@@ -128,17 +135,18 @@ def _try(
 
 
 def _copy(argument: Any) -> Any:
-    if isinstance(argument, Expanding | Shrinking):
-        return type(argument)(*(tensor.clone() for tensor in argument))
+    """Of a tensor, or of a named tuple with some."""
+    if isinstance(argument, tuple):
+        return type(argument)(*map(_copy, argument))
     return argument.clone() if isinstance(argument, torch.Tensor) else argument
 
 
-def _tensors(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
     for each in arguments:
         if isinstance(each, torch.Tensor):
             yield each
-        elif isinstance(each, Expanding | Shrinking):
-            yield from each
+        elif isinstance(each, tuple):
+            yield from _tensors(each)
 
 
 def _compare(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -12,11 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from qlorachat.kernels.card import why_not_products, why_not_step
-from qlorachat.kernels.decode_attention import Meeting, attend_sums, has_clusters, make_meeting
+from qlorachat.kernels.decode_attention import (
+    Meeting,
+    PagedContext,
+    attend_sums,
+    has_clusters,
+    make_meeting,
+)
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.nf4_matmul import MOST_ROWS, nf4_matmul_tiled
+from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tiled_shape
 from qlorachat.model.cache import KVCache
 from qlorachat.model.layer import Layer
@@ -170,7 +177,7 @@ class FusedDecode:
             self._add(sums, residual, rows, space, 2 * index + 1)
             sums = self._multiply(first + 2, space.hidden, rows, space)
             late = self._late_norm(space, count, 2 * index + 1)
-            silu_mul_sums(sums, *late, space.inner, self._shrinking(rows, space, first + 3))
+            silu_mul_sums(sums, late, space.inner, self._shrinking(rows, space, first + 3))
             sums = self._multiply(first + 3, space.inner, rows, space)
             self._add(sums, residual, rows, space, 2 * index + 2)
         return residual
@@ -198,20 +205,16 @@ class FusedDecode:
         self, sums: torch.Tensor, layer: int, rows: Rows, space: _Workspace, cache: KVCache
     ) -> None:
         assert isinstance(rows.attention, DecodeRows)
-        keys, values = cache.keys[layer], cache.values[layer]
         late = self._late_norm(space, len(rows.ids), 2 * layer)
-        places = (*self._rope, rows.positions, rows.slots, keys, values)
-        contexts = (rows.attention.block_tables, rows.attention.context_lengths)
+        places = (*self._rope, rows.positions, rows.slots)
+        reach = (rows.attention.block_tables, rows.attention.context_lengths)
+        context = PagedContext(*places, cache.keys[layer], cache.values[layer], *reach)
+        scale, into = context.cos.shape[1] ** -0.5, space.attended
         shrinking = self._shrinking(rows, space, 4 * layer + 1)
-        scale = keys.shape[-1] ** -0.5
-        into, meeting = space.attended, space.meeting
-        attend_sums(sums, *late, *places, *contexts, scale, into, shrinking, meeting)
+        attend_sums(sums, late, context, scale, into, shrinking, space.meeting)
 
-    def _late_norm(
-        self, space: _Workspace, rows: int, norm: int
-    ) -> tuple[torch.Tensor, int, float]:
-        """What a reader of sums needs for a norm's factor: squares, their count, epsilon."""
-        return space.squares(rows, norm), self._embedding.shape[1], self._epsilon
+    def _late_norm(self, space: _Workspace, rows: int, norm: int) -> LateNorm:
+        return LateNorm(space.squares(rows, norm), self._embedding.shape[1], self._epsilon)
 
     def _add(
         self, sums: torch.Tensor, residual: torch.Tensor, rows: Rows, space: _Workspace, norm: int

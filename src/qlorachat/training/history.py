@@ -56,14 +56,6 @@ class History:
         judged = [each for each in self.evaluations if each.step]
         return min(judged, key=lambda each: each.loss, default=None)
 
-    def until(self, step: int) -> "History":
-        """What had happened when `step` was done."""
-        return History(
-            [each for each in self.steps if each.step <= step],
-            [each for each in self.evaluations if each.step <= step],
-            [each for each in self.chats if each.step <= step],
-        )
-
     def to_json(self) -> str:
         """One line that `from_json` reads back equal, floats to the last bit."""
         file = _File(version=1, steps=self.steps, evaluations=self.evaluations, chats=self.chats)
