@@ -48,7 +48,7 @@ KERNEL(traps) { if (threadIdx.x == 5) __trap(); }
 
 
 @pytest.fixture
-def small(card: Emulator, tmp_path: Path) -> Emulator:
+def small(compiled_for_cpu: Emulator, tmp_path: Path) -> Emulator:
     (tmp_path / "small.cu").write_text(TYPES + KERNELS, encoding="utf-8")
     return Emulator(tmp_path, tmp_path)
 

@@ -23,7 +23,10 @@ def why_not_products(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "its tensor cores are older than Ampere's"
     if not cuda_source.found():
-        return "cuda-bindings or NVRTC is not installed (pip install qlorachat[cuda])"
+        return (
+            "cuda-bindings or NVRTC is not installed (pip install qlorachat[cuda], or "
+            "qlorachat[cuda12] for a driver before 580)"
+        )
     try:
         product = "nf4_matmul_hopper.cu" if is_hopper(device) else "nf4_matmul.cu"
         cuda_source.load([product, tiles.SOURCE, "nf4_write_out.cu"], device)
