@@ -69,6 +69,8 @@ __device__ __forceinline__ float sum_of_position(float value) {
   return value * LIFT;
 }
 
+struct Sum { float mixed, total; };  // of a column, to the same peak
+
 // Sums of one context's blocks, from those that each block has.
 #if CLUSTERS
 
@@ -113,9 +115,19 @@ struct Splits {
     wait_barrier(static_cast<u32>(__cvta_generic_to_shared(&received)), 0);
     return true;
   }
-  __device__ __forceinline__ float mixed_of(int split, int column) const { return mixed[split * part() + column - first()]; }
-  __device__ __forceinline__ float peak_of(int split, int g) const { return peaks[split][g]; }
-  __device__ __forceinline__ float total_of(int split, int g) const { return totals[split][g]; }
+  // Of one of this block's columns.
+  __device__ __forceinline__ Sum put_together(int column) const {
+    const int splits = gridDim.x, g = column / HEAD_DIM;
+    float peak = NOTHING;
+    for (int s = 0; s < splits; s++) peak = fmaxf(peak, peaks[s][g]);
+    Sum sum = {0.f, 0.f};
+    for (int s = 0; s < splits; s++) {
+      const float fading = exp2f(peaks[s][g] - peak);
+      sum.total += totals[s][g] * fading;
+      sum.mixed += mixed[s * part() + column - first()] * fading;
+    }
+    return sum;
+  }
 };
 
 #else
@@ -154,9 +166,27 @@ struct Splits {
     if (threadIdx.x == 0) *arrived = 0;
     return true;
   }
-  __device__ __forceinline__ float mixed_of(int split, int column) const { return __ldcg(sums + split * LEFT + column); }
-  __device__ __forceinline__ float peak_of(int split, int g) const { return __ldcg(sums + split * LEFT + WIDTH + g); }
-  __device__ __forceinline__ float total_of(int split, int g) const { return __ldcg(sums + split * LEFT + WIDTH + GROUP + g); }
+  __device__ __forceinline__ Sum put_together(int column) const {
+    const int splits = gridDim.x, g = column / HEAD_DIM;
+    float mixed[MOST_SPLITS], peaks[MOST_SPLITS], totals[MOST_SPLITS], peak = NOTHING;
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS; s++) {  // all loads before any is used
+      const float* left = sums + s * LEFT;
+      mixed[s] = s < splits ? __ldcg(left + column) : 0.f;
+      peaks[s] = s < splits ? __ldcg(left + WIDTH + g) : NOTHING;
+      totals[s] = s < splits ? __ldcg(left + WIDTH + GROUP + g) : 0.f;
+    }
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS; s++) peak = fmaxf(peak, peaks[s]);
+    Sum sum = {0.f, 0.f};
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS; s++) {
+      const float fading = exp2f(peaks[s] - peak);
+      sum.total += totals[s] * fading;
+      sum.mixed += mixed[s] * fading;
+    }
+    return sum;
+  }
 };
 
 #endif
@@ -430,15 +460,8 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   if (splits > 1) {
     if (!scratch.all.meet()) return;
     for (int column = tid; column < part; column += THREADS) {
-      const int place = Splits::first() + column, g = place / HEAD_DIM;
-      float peak = NOTHING, total = 0.f, mixed = 0.f;
-      for (int s = 0; s < splits; s++) peak = fmaxf(peak, scratch.all.peak_of(s, g));
-      for (int s = 0; s < splits; s++) {
-        const float fading = exp2f(scratch.all.peak_of(s, g) - peak);
-        total += scratch.all.total_of(s, g) * fading;
-        mixed += scratch.all.mixed_of(s, place) * fading;
-      }
-      store(column, mixed, total);
+      const Sum sum = scratch.all.put_together(Splits::first() + column);
+      store(column, sum.mixed, sum.total);
       own[first + column] = 0.f;
     }
   }
