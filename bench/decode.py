@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--size", default="7b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--kv-cache", choices=["auto", "int8"], default="auto")
     parser.add_argument("--as-ampere", action="store_true", help="what cards before Hopper run")
     arguments = parser.parse_args()
     with as_ampere(arguments.as_ampere):

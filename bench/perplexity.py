@@ -5,7 +5,7 @@
 The text is Python's own documentation, 20,480 tokens of it in 64 passages. What is exact is
 computed in float32 on the weights as NF4 has them. transformers reads each passage at once on
 bitsandbytes' kernels; PagedLlama takes one token of every passage of a batch at a time. Writes
-bench/results/perplexity.json (or perplexity_fp8.json, with keys and values in 8 bits), and ends
+bench/results/perplexity.json (or perplexity_int8.json, with keys and values in 8 bits), and ends
 with status 1 if PagedLlama is more than 0.1 % off without these.
 """
 
@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from decode import machine
 from qlorachat.checkpoints import Checkpoint, Recipe, linear_shapes, load_model, locate
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows
 from qlorachat.model.lora import AdapterStacks, LoraRows
 
@@ -42,14 +42,14 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--length", type=int, default=320, help="tokens to predict in each")
-    parser.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--kv-cache", choices=["auto", "int8"], default="auto")
     arguments = parser.parse_args()
     checkpoint = replace(locate("demo"), recipe=Recipe(()))  # every projection in NF4
     device = arguments.device
     ids = passages(checkpoint, arguments.passages, arguments.length).to(device)
     exact = whole_loss(in_float32(load(checkpoint, device)), ids)
     theirs = whole_loss(load(checkpoint, device), ids)
-    cached = E4M3 if arguments.kv_cache == "fp8" else None
+    cached = INT8 if arguments.kv_cache == "int8" else None
     model = paged(load(checkpoint, device), checkpoint, cached)
     losses = {batch: decoded_loss(model, ids, batch) for batch in arguments.batches}
     off = {f"batches of {batch}": math.expm1(loss - exact) for batch, loss in losses.items()}
@@ -61,7 +61,7 @@ def main() -> int:
         "transformers is off by, %": round(100 * math.expm1(theirs - exact), 4),
         "PagedLlama is off by, %": {name: round(100 * value, 4) for name, value in off.items()},
     }
-    name = "perplexity.json" if arguments.kv_cache == "auto" else "perplexity_fp8.json"
+    name = "perplexity.json" if arguments.kv_cache == "auto" else "perplexity_int8.json"
     (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
     return 1 if arguments.kv_cache == "auto" and max(map(abs, off.values())) > ALLOWED else 0

@@ -14,7 +14,7 @@ DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 QuantizationChoice = Literal["auto", "nf4", "16bit"]
 BackendChoice = Literal["auto", "paged", "transformers"]
-CacheChoice = Literal["auto", "fp8"]
+CacheChoice = Literal["auto", "int8"]
 Overflow = Literal["error", "drop_oldest_turns"]
 Tags = Literal["refuse", "allow"]
 
@@ -58,8 +58,8 @@ class EngineConfig(BaseModelConfig):
     )
     kv_cache: CacheChoice = Field(
         "auto",
-        description="keys and values; auto: in the model's 16 bit; fp8: in 8, twice as many tokens "
-        "in the same memory, answers a little less exact",
+        description="keys and values; auto: in the model's 16 bit; int8: in 8, nearly twice as "
+        "many tokens in the same memory, answers about as exact",
     )
     max_sequences: int = Field(64, ge=1, le=128, description="requests that run at once")
     max_adapters: int = Field(8, ge=1, le=64, description="adapters on the device at once")

@@ -5,7 +5,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8, narrow
 
 POISON = float("nan")
 Context = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -43,7 +43,7 @@ def make_rope(
     slots = torch.randperm(blocks * block_size)[:rows].int()
     slots[1::3] = -1
     cache = torch.randn(2, blocks, block_size, kv_heads, head_dim)
-    cache = cache.to(E4M3 if in_8_bits else dtype)
+    cache = narrow(cache, INT8) if in_8_bits else cache.to(dtype)
     return RopeCase(
         qkv=torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(dtype),
         cos=torch.randn(50, head_dim),
@@ -101,7 +101,7 @@ def make_paged(
         if stop > start:
             cache[:, order[stop - 1], used:] = POISON
     if in_8_bits:
-        cache = cache.to(E4M3)
+        cache = narrow(cache, INT8)
     return PagedCase(
         q=torch.randn(len(lengths), heads, head_dim).to(dtype),
         key_cache=cache[0],

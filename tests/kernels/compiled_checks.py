@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlorachat.kernels import activation, attention, device, lora, norm, rotary
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8, narrow
 
 jit: Any = importlib.import_module("triton.runtime.jit")
 driver: Any = importlib.import_module("triton.runtime.driver")
@@ -72,7 +72,7 @@ def attend() -> None:
 
 
 def attend_to_8_bits() -> None:
-    cache = zeros(2, 16, 32, 128).to(E4M3)
+    cache = narrow(zeros(2, 16, 32, 128), INT8)
     context = (cache, cache, integers(4, 8), integers(4))
     attention.paged_decode_attention(zeros(4, 32, 128), *context, 0.1, zeros(4, 32, 128), 1)
 
@@ -83,7 +83,7 @@ def rope() -> None:
 
 
 def rope_to_8_bits() -> None:
-    cache, table = zeros(2, 16, 32, 128).to(E4M3), torch.zeros(64, 128)
+    cache, table = narrow(zeros(2, 16, 32, 128), INT8), torch.zeros(64, 128)
     rotary.rope_and_cache(zeros(4, 12288), table, table, integers(4), integers(4), cache, cache)
 
 

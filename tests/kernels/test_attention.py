@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlorachat.kernels import paged_decode_attention, read_blocks
+from qlorachat.kernels.eight_bits import widen
 from tests.kernels.cases import PagedCase, make_paged
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -48,7 +49,8 @@ def test_it_is_dense_attention(
 def test_a_cache_in_8_bits_is_what_its_bytes_say(dtype: torch.dtype) -> None:
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64}
     case = make_paged(dtype, [1, 17, 100, 0], **shape, in_8_bits=True)
-    wide = replace(case, key_cache=case.key_cache.to(dtype), value_cache=case.value_cache.to(dtype))
+    caches = (widen(case.key_cache, dtype), widen(case.value_cache, dtype))
+    wide = replace(case, key_cache=caches[0], value_cache=caches[1])
     assert torch.equal(attend(case, 0.2), attend(wide, 0.2))
     blocks = case.block_tables[2, :3].long()
     assert torch.equal(

@@ -10,7 +10,7 @@ from qlorachat.kernels import (
     rope_and_cache,
 )
 from qlorachat.kernels.decode_attention import PagedContext, attend_sums, make_meeting
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8
 from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import untile
 from tests.kernels.cases import POISON, make_paged
@@ -195,7 +195,7 @@ def compile_attention(
 
 @needs_nvrtc
 @pytest.mark.parametrize("card", CARDS, ids=CARDS.get)
-@pytest.mark.parametrize("cached", [torch.bfloat16, E4M3])
+@pytest.mark.parametrize("cached", [torch.bfloat16, INT8])
 @pytest.mark.parametrize(
     ("head_dim", "group"),
     [(64, 1), (64, 3), (64, 8), (128, 1), (128, 4), (128, 8), (256, 1), (256, 4)],
@@ -215,7 +215,7 @@ def test_a_smaller_card_has_fewer_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     for card, blocks, stages in ((HOPPER, 4, 3), (A100, 3, 3), (AMPERE, 2, 2), (BLACKWELL, 2, 2)):
         pretend(monkeypatch, card)
         assert decode_attention._most_blocks(device) == blocks * PROCESSORS
-        assert f"STAGES={stages}" in decode_attention.definitions(1, 1, 64, E4M3, device)
+        assert f"STAGES={stages}" in decode_attention.definitions(1, 1, 64, INT8, device)
         meeting = make_meeting(3, 8, 2, 64, device)
         assert meeting.sums.shape == (blocks * PROCESSORS, 4 * 66)
         assert meeting.arrived.shape == (6,)

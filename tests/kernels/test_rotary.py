@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qlorachat.kernels import rope_and_cache
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8, head_dim_of, narrow, widen
 from qlorachat.kernels.rotary import _find_real, _repeat_real, _write
 from tests.kernels.cases import make_rope
 
@@ -44,17 +44,34 @@ def test_tables_are_cast_to_the_rows_dtype() -> None:
     assert torch.equal(rope_and_cache(qkv, cos, sin, *rest), expected)
 
 
-def test_a_cache_in_8_bits_gets_the_nearest() -> None:
+def test_a_cache_in_8_bits_gets_codes_of_the_same_rows() -> None:
     shape = {"rows": 8, "heads": 2, "kv_heads": 2, "head_dim": 8}
-    narrow = make_rope(torch.bfloat16, **shape, in_8_bits=True)
-    narrow.qkv[0] *= 1000  # beyond the largest that there is
-    wide = replace(
-        narrow, key_cache=narrow.key_cache.bfloat16(), value_cache=narrow.value_cache.bfloat16()
-    )
-    ours, theirs = narrow.arguments(), wide.arguments()
+    case = make_rope(torch.bfloat16, **shape, in_8_bits=True)
+    caches = (widen(case.key_cache, torch.bfloat16), widen(case.value_cache, torch.bfloat16))
+    wide = replace(case, key_cache=caches[0], value_cache=caches[1])
+    ours, theirs = case.arguments(), wide.arguments()
     assert torch.equal(rope_and_cache(*ours), rope_and_cache(*theirs))
-    for cache, other in zip(ours[-2:], theirs[-2:], strict=True):
-        assert torch.equal(cache.float(), other.float().clamp(-448, 448).to(E4M3).float())
+    written = case.slots[case.slots >= 0].long()
+    for before, cache, other in zip(
+        (case.key_cache, case.value_cache), ours[-2:], theirs[-2:], strict=True
+    ):
+        own, expected = cache.flatten(0, 1), before.clone().flatten(0, 1)
+        expected[written] = narrow(other.flatten(0, 1)[written], INT8)
+        assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_8_bits_are_off_by_half_a_code_at_most(size: float) -> None:
+    values = size * torch.randn(50, 4, 64)
+    values[0, :, 1:] = 0  # one number that is the largest
+    rows = narrow(values, INT8)
+    assert rows.shape == (50, 4, 72)
+    assert head_dim_of(rows) == 64
+    read = widen(rows, torch.float32)
+    half = values.abs().amax(-1, keepdim=True) / 127 / 2
+    assert bool(((read - values).abs() <= half * 1.001).all())
+    torch.testing.assert_close(read[0], values[0], rtol=1e-6, atol=0)
+    assert torch.equal(widen(narrow(values, torch.float32), torch.float32), values)
 
 
 def test_nothing_else_in_the_cache_changes() -> None:

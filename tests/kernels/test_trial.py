@@ -10,7 +10,7 @@ import torch
 from qlorachat.kernels import card as cards
 from qlorachat.kernels import cuda_source, trial
 from qlorachat.kernels.decode_attention import attend_sums_reference
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8
 from tests.kernels.emulator import Emulator, OnCard
 
 HALF = torch.bfloat16
@@ -20,7 +20,7 @@ TRIALS: list[tuple[Callable[[torch.Tensor], None], int]] = [
     (trial.try_products, 18),
     (trial.try_step, 6),
     (partial(trial.try_attention, group=1, head_dim=128, cached=HALF), 2),
-    (partial(trial.try_attention, group=3, head_dim=64, cached=E4M3), 2),
+    (partial(trial.try_attention, group=3, head_dim=64, cached=INT8), 2),
     (partial(trial.try_attention, group=4, head_dim=256, cached=HALF), 2),
 ]
 

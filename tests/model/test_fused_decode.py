@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8
 from qlorachat.kernels.tiles import untile
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fused_decode, fusion
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
@@ -187,8 +187,8 @@ def test_why_a_model_is_not_fused(model: PagedLlama, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fused_decode, "why_not_products", lambda device: None)
     asked: list[object] = []
     monkeypatch.setattr(fused_decode, "why_not_step", lambda *given: asked.append(given))
-    assert why_not_fused(layers, HALF, E4M3, *shape) is None
-    assert asked == [(*shape, E4M3, torch.device("cpu"))]
+    assert why_not_fused(layers, HALF, INT8, *shape) is None
+    assert asked == [(*shape, INT8, torch.device("cpu"))]
     assert "float16" in str(why_not_fused(layers, torch.float16, torch.float16, *shape))
     dense = replace(layers[1], down=nn.Linear(INNER, HIDDEN))
     assert "NF4" in str(why_not_fused([layers[0], dense], HALF, HALF, *shape))

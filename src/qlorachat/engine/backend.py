@@ -18,7 +18,7 @@ from qlorachat.engine.scheduler import Limits, Scheduler
 from qlorachat.engine.sequence import Sequence, Sink
 from qlorachat.engine.slots import AdapterSlots
 from qlorachat.errors import AdapterError, EngineError, OutOfMemory, QueueFull
-from qlorachat.kernels.eight_bits import E4M3
+from qlorachat.kernels.eight_bits import INT8
 from qlorachat.model import KVCache, PagedLlama
 from qlorachat.model.lora import AdapterStacks
 from qlorachat.opening import OpenedModel
@@ -53,7 +53,7 @@ class PagedBackend:
 
         At most `max_sequences` requests run at once and `max_queue` wait. The memory beside the
         weights and `adapters_expected` adapters of `adapter_rank` becomes KV cache; `memory` (such
-        as 12GiB or 0.8) bounds the whole. `kv_cache`: fp8 for keys and values in 8 bits.
+        as 12GiB or 0.8) bounds the whole. `kv_cache`: int8 for keys and values in 8 bits.
         """
         self.tokenizer, self.info = opened.tokenizer, opened.info
         device, config = opened.model.device, opened.model.config
@@ -61,7 +61,7 @@ class PagedBackend:
             config.num_hidden_layers, self.info.shapes, dtype=opened.model.dtype, device=device
         )
         reserved = adapters.bytes_of(max(1, adapters_expected), adapter_rank)
-        model = PagedLlama(opened.model, adapters, E4M3 if kv_cache == "fp8" else None)
+        model = PagedLlama(opened.model, adapters, INT8 if kv_cache == "int8" else None)
         self.plan = _plan(model, self.info.context_length, reserved, self.info.memory_bytes, memory)
         log.info("%s", self.plan)
         cache = KVCache(

@@ -40,8 +40,8 @@ def paged_decode_attention(
     """softmax(scale * q @ keys^T) @ values of each row's own context, written to `out`.
 
     q, out: [B, H, D], contiguous. key_cache, value_cache: [blocks, block_size, G, D], contiguous;
-    query head h reads key head h // (H // G). All of one dtype, or the caches in 8 bits; sums are
-    in float32.
+    query head h reads key head h // (H // G). All of one dtype, or the caches in 8 bits
+    (`eight_bits`); sums are in float32.
     block_tables: int32 [B, max_blocks]; what lies beyond a row's context is not looked at.
     context_lengths: int32 [B], the new token included; 0 for a padding row, whose output is 0.
     splits: a power of two, how many programs share one context; None chooses by card, B and
@@ -89,7 +89,7 @@ def paged_decode_attention_reference(
 
 def read_blocks(cache: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Keys or values of these blocks, [positions, G, D], in `dtype`; blocks: int64."""
-    return eight_bits.widen(eight_bits.as_bytes(cache)[blocks], cache, dtype).flatten(0, 1)
+    return eight_bits.widen(cache[blocks], dtype).flatten(0, 1)
 
 
 class Places(NamedTuple):
@@ -128,16 +128,14 @@ def gathered_decode_attention(
     scale: float,
 ) -> torch.Tensor:
     """Attention of q [B, H, D] to the keys and values at `places`, [B, H, D], in plain torch."""
-    kv_heads, head_dim = key_cache.shape[2:]
+    kv_heads, width = key_cache.shape[2:]
+    head_dim = eight_bits.head_dim_of(key_cache)
     flat = places.slots.reshape(-1)
     taken = (
-        eight_bits.as_bytes(cache).view(-1, kv_heads * head_dim).index_select(0, flat)
-        for cache in (key_cache, value_cache)
+        cache.view(-1, kv_heads * width).index_select(0, flat) for cache in (key_cache, value_cache)
     )
     keys, values = (
-        eight_bits.widen(own, key_cache, q.dtype)
-        .view(*places.slots.shape, kv_heads, head_dim)
-        .transpose(1, 2)
+        eight_bits.widen(own.view(*places.slots.shape, kv_heads, width), q.dtype).transpose(1, 2)
         for own in taken
     )
     # the query heads of one key head become its rows
@@ -156,7 +154,7 @@ def _check(
     block_tables: torch.Tensor,
     context_lengths: torch.Tensor,
 ) -> None:
-    kv_heads, head_dim = key_cache.shape[2:]
+    kv_heads, head_dim = key_cache.shape[2], eight_bits.head_dim_of(key_cache)
     assert q.shape == (len(q), q.shape[1], head_dim)
     assert q.shape[1] % kv_heads == 0, "query heads are no multiple of the key heads"
     assert key_cache.shape == value_cache.shape
@@ -192,8 +190,8 @@ def _attend(
     group, head_dim = q.shape[1] // kv_heads, q.shape[2]
     splits = 1 if sums is None else sums.shape[2]
     shape = {"block_size": block_size, "kv_heads": kv_heads, "group": group, "head_dim": head_dim}
-    shape |= {"in_8_bits": key_cache.dtype == eight_bits.E4M3}
-    key_cache, value_cache = eight_bits.as_bytes(key_cache), eight_bits.as_bytes(value_cache)
+    shape |= {"tail": eight_bits.TAIL if key_cache.dtype == eight_bits.INT8 else 0}
+    scales = (eight_bits.scales_of(key_cache), eight_bits.scales_of(value_cache))
     tile = {
         "tile": _TILE,
         "group_block": max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows
@@ -201,7 +199,7 @@ def _attend(
         "precision": dot_precision(q.dtype),
     }
     _attend_kernel[(kv_heads, splits, len(q))](
-        *(q, key_cache, value_cache, block_tables, context_lengths, means, sums),
+        *(q, key_cache, value_cache, *scales, block_tables, context_lengths, means, sums),
         *(scale * _LOG2_E, block_tables.stride(0)),
         **shape,
         splits=splits,
@@ -217,6 +215,8 @@ def _attend_kernel(
     q: tl.tensor,
     key_cache: tl.tensor,
     value_cache: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
     block_tables: tl.tensor,
     context_lengths: tl.tensor,
     means: tl.tensor,
@@ -227,7 +227,7 @@ def _attend_kernel(
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
-    in_8_bits: tl.constexpr,
+    tail: tl.constexpr,
     splits: tl.constexpr,
     tile: tl.constexpr,
     group_block: tl.constexpr,
@@ -260,13 +260,17 @@ def _attend_kernel(
         table = block_tables + row * table_stride + position // block_size
         block = tl.load(table, mask=seen, other=0).to(tl.int64)
         slot = block * block_size + position % block_size
-        cached = (slot * kv_heads + kv_head)[:, None] * head_dim + column
+        kept = (slot * kv_heads + kv_head)[:, None]
+        cached = kept * (head_dim + tail) + column
         loaded = seen[:, None] & (column < head_dim)
         keys = tl.load(key_cache + cached, mask=loaded, other=0)
         values = tl.load(value_cache + cached, mask=loaded, other=0)
-        if in_8_bits:
-            keys = decode(keys).to(q.dtype.element_ty)
-            values = decode(values).to(q.dtype.element_ty)
+        if tail:
+            scale_at = kept * ((head_dim + tail) // 4) + head_dim // 4
+            key_scale = tl.load(key_scales + scale_at, mask=seen[:, None], other=0.0)
+            value_scale = tl.load(value_scales + scale_at, mask=seen[:, None], other=0.0)
+            keys = decode(keys, key_scale).to(q.dtype.element_ty)
+            values = decode(values, value_scale).to(q.dtype.element_ty)
 
         scores = tl.dot(queries, tl.trans(keys.to(tl.float32)), input_precision=precision)
         scores = tl.where(seen[None, :], scores * scale, float("-inf"))

@@ -1,6 +1,7 @@
 // Rope and attention of a fused decode step: one launch from the sums of q|k|v to the input of the
 // product that follows. Compiled with HEAD_DIM, GROUP, the query heads of a key head, STAGES, of a warp's
-// ring, IN_8_BITS, whether keys and values are e4m3, and CLUSTERS, whether the card has them.
+// ring, IN_8_BITS, whether keys and values are codes with scales (eight_bits.py), and CLUSTERS, whether the
+// card has them.
 //
 // Blocks share out key heads, rows and splits of a row's context (Splits). Keys and values come
 // through a ring in shared memory of each warp's own, those of earlier steps before the wait for
@@ -11,10 +12,10 @@
 
 #if IN_8_BITS
 typedef u8 Cached;
-constexpr float LIFT = 0x1p60f;  // twice: e4m3's bits, moved to a bfloat16's, are a number 2^120 times smaller
+constexpr int TAIL = 8;  // bytes behind a row's codes: its scale, and nothing
 #else
 typedef u16 Cached;
-constexpr float LIFT = 1.f;
+constexpr int TAIL = 0;
 #endif
 constexpr int LANES = HEAD_DIM / 8;      // 8 elements each
 constexpr int PIECE = 8 * sizeof(Cached);  // bytes of these
@@ -23,12 +24,16 @@ constexpr int STEP = 8;                  // positions of a warp at a time
 constexpr int LOADS = STEP / TOGETHER;
 constexpr int WIDTH = GROUP * HEAD_DIM;  // of the queries of one key head
 constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr int LOAD_BYTES = 32 * PIECE, STAGE_BYTES = 2 * LOADS * LOAD_BYTES;  // a stage: a step's keys and values
+constexpr int ROW = HEAD_DIM + TAIL;     // elements of a position's key or value
+constexpr int LOAD_BYTES = 32 * PIECE, TAIL_BYTES = TOGETHER * TAIL;
+constexpr int STAGE_BYTES = 2 * LOADS * (LOAD_BYTES + TAIL_BYTES);  // a step's keys and values
 constexpr int MOST_SPLITS = 8;
 constexpr float NOTHING = -1e30f;        // the peak of no scores; finite, for differences of two
 static_assert(LANES * TOGETHER == 32 && LOADS * TOGETHER == STEP, "HEAD_DIM of 64, 128 or 256");
 
-struct Softmax {  // of one query head, over the positions that were seen; mixed: 8 elements of a lane, 1 / LIFT of what they are
+struct Eight { float of[8]; };  // elements of a lane
+
+struct Softmax {  // of one query head, over the positions that were seen
   float peak = NOTHING, total = 0.f, mixed[8] = {};
 
   __device__ __forceinline__ void rescale(float new_peak) {
@@ -38,13 +43,12 @@ struct Softmax {  // of one query head, over the positions that were seen; mixed
 #pragma unroll
     for (int e = 0; e < 8; e++) mixed[e] *= fading;
   }
-  __device__ __forceinline__ void add(float share, uint4 value) {
+  // value: times `scale` what it is
+  __device__ __forceinline__ void add(float share, const Eight& value, float scale) {
     total += share;
-    share *= LIFT;
-    mixed[0] += share * low_half(value.x); mixed[1] += share * high_half(value.x);
-    mixed[2] += share * low_half(value.y); mixed[3] += share * high_half(value.y);
-    mixed[4] += share * low_half(value.z); mixed[5] += share * high_half(value.z);
-    mixed[6] += share * low_half(value.w); mixed[7] += share * high_half(value.w);
+    share *= scale;
+#pragma unroll
+    for (int e = 0; e < 8; e++) mixed[e] += share * value.of[e];
   }
   // with those of the lanes that have other positions
   __device__ __forceinline__ void merge() {
@@ -58,15 +62,17 @@ struct Softmax {  // of one query head, over the positions that were seen; mixed
   }
 };
 
-__device__ __forceinline__ float score(const float (&q)[8], uint4 key) {
-  return q[0] * low_half(key.x) + q[1] * high_half(key.x) + q[2] * low_half(key.y) + q[3] * high_half(key.y) +
-         q[4] * low_half(key.z) + q[5] * high_half(key.z) + q[6] * low_half(key.w) + q[7] * high_half(key.w);
+__device__ __forceinline__ float score(const float (&q)[8], const Eight& key) {
+  float sum = q[0] * key.of[0];
+#pragma unroll
+  for (int e = 1; e < 8; e++) sum += q[e] * key.of[e];
+  return sum;
 }
 
 __device__ __forceinline__ float sum_of_position(float value) {
 #pragma unroll
   for (int step = 1; step < LANES; step *= 2) value += __shfl_xor_sync(~0u, value, step);
-  return value * LIFT;
+  return value;
 }
 
 struct Sum { float mixed, total; };  // of a column, to the same peak
@@ -194,7 +200,10 @@ struct Splits {
 struct Scratch {
   float qkv[WIDTH + 2 * HEAD_DIM];  // of this row and key head, normed, before rope
   float queries[WIDTH];             // after it, times scale
-  __align__(16) u16 fresh[2][HEAD_DIM];  // key and value of the new position
+  __align__(16) Cached fresh[2][ROW];  // key and value of the new position, as the cache has them
+#if IN_8_BITS
+  float turned[2][HEAD_DIM];        // these before they are codes
+#endif
   float peaks[WARPS][GROUP], totals[WARPS][GROUP];
   Splits all;                       // where a context has several blocks
 };
@@ -208,35 +217,27 @@ __device__ __forceinline__ void copy_piece(u32 to, const Cached* from, bool want
 #endif
 }
 
-// A piece as pairs of bfloat16, 1 / LIFT^2 of what they are.
-__device__ __forceinline__ uint4 read_piece(const u8* at) {
+// A piece as numbers, in 8 bits without their scale.
+__device__ __forceinline__ Eight read_piece(const u8* at) {
+  Eight eight;
 #if IN_8_BITS
-  const uint2 bytes = *reinterpret_cast<const uint2*>(at);
-  auto spread = [](u32 word, u32 selector) {  // two bytes: the sign on top, exponent and fraction where a bfloat16's are
-    const u32 pair = __byte_perm(word, 0, selector);
-    return (pair & 0x80008000u) | (pair >> 4 & 0x07F007F0u);
-  };
-  return make_uint4(spread(bytes.x, 0x1404), spread(bytes.x, 0x3424), spread(bytes.y, 0x1404), spread(bytes.y, 0x3424));
+  const uint2 codes = *reinterpret_cast<const uint2*>(at);
+#pragma unroll
+  for (int e = 0; e < 8; e++) {  // code + 128 as the last byte of a float of 2^23
+    const u32 word = (e < 4 ? codes.x : codes.y) ^ 0x80808080u;
+    eight.of[e] = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7650u | e & 3)) - 8388736.f;
+  }
 #else
-  return *reinterpret_cast<const uint4*>(at);
+  const uint4 pairs = *reinterpret_cast<const uint4*>(at);
+  const u32 words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+  for (int e = 0; e < 8; e++) eight.of[e] = e & 1 ? high_half(words[e / 2]) : low_half(words[e / 2]);
 #endif
-}
-
-// A value of 16 bit as the cache has it, and as `read_piece` finds it there.
-struct Kept { Cached bits; u16 half; };
-__device__ __forceinline__ Kept keep(float value) {
-#if IN_8_BITS
-  const u32 bits = __float_as_uint(fabsf(value) * 0x1p-120f), near = (bits + 0x7FFFF + (bits >> 20 & 1)) >> 20;
-  const u32 sign = __float_as_uint(value) >> 31, size = near < 0x7E ? near : 0x7E;  // to even between two; at most the largest
-  return {static_cast<u8>(sign << 7 | size), static_cast<u16>(sign << 15 | size << 4)};
-#else
-  const u16 half = static_cast<u16>(__float_as_uint(value) >> 16);
-  return {half, half};
-#endif
+  return eight;
 }
 
 struct Cache {
-  Cached *keys, *values;  // [blocks, 1 << block_shift, kv_heads, HEAD_DIM]
+  Cached *keys, *values;  // [blocks, 1 << block_shift, kv_heads, ROW]
   const int* tables;   // [rows, table_stride]
   const int *lengths, *slots, *positions;  // [rows]
   int table_stride, block_shift;  // a block holds STEP positions or more, so that none is in two
@@ -266,16 +267,35 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   const bool owner = length == 0 ? split == 0 : length - 1 >= start && length - 1 < start + span;
   const int* table = cache.tables + static_cast<u64>(row) * cache.table_stride;
   const u32 landing = static_cast<u32>(__cvta_generic_to_shared(ring)) + lane * PIECE;
+#if IN_8_BITS
+  const int own_tail = 2 * LOADS * LOAD_BYTES + lane / LANES * TAIL;  // in a stage
+  const u32 tails = static_cast<u32>(__cvta_generic_to_shared(ring)) + own_tail;
+  // The scale that the first lane of a position has copied.
+  auto scale_at = [&](int stage, int which) {
+    const u8* at = ring + stage * STAGE_BYTES + own_tail + which * TAIL_BYTES;
+    const float own = lane % LANES ? 0.f : *reinterpret_cast<const float*>(at);
+    return __shfl_sync(~0u, own, lane - lane % LANES);
+  };
+#else
+  auto scale_at = [](int, int) { return 1.f; };
+#endif
   auto fetch = [&](int base, int stage) {
     if (base < stop) {
       const u64 place = (static_cast<u64>(__ldg(table + (base >> shift))) << shift) + (base & ((1 << shift) - 1));
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
         const int offset = i * TOGETHER + lane / LANES;
-        const u64 from = ((place + offset) * kv_heads + kv_head) * HEAD_DIM + lane % LANES * 8;
+        const u64 row = ((place + offset) * kv_heads + kv_head) * ROW;
         const u32 to = landing + stage * STAGE_BYTES + i * LOAD_BYTES;
-        copy_piece(to, cache.keys + from, base + offset < stop);
-        copy_piece(to + LOADS * LOAD_BYTES, cache.values + from, base + offset < stop);
+        copy_piece(to, cache.keys + row + lane % LANES * 8, base + offset < stop);
+        copy_piece(to + LOADS * LOAD_BYTES, cache.values + row + lane % LANES * 8, base + offset < stop);
+#if IN_8_BITS
+        if (lane % LANES == 0) {
+          const u32 tail = tails + stage * STAGE_BYTES + i * TAIL_BYTES;
+          copy_piece(tail, cache.keys + row + HEAD_DIM, base + offset < stop);
+          copy_piece(tail + LOADS * TAIL_BYTES, cache.values + row + HEAD_DIM, base + offset < stop);
+        }
+#endif
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -338,16 +358,46 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       value = rounded(rounded(value * c) + (lower ? -rounded(other * s) : rounded(other * s)));
     }
     if (column < WIDTH) {
-      scratch.queries[column] = value * scale * LIFT;
-    } else {
-      const int which = (column - WIDTH) / HEAD_DIM;
-      const Kept kept = keep(value);
-      scratch.fresh[which][inner] = kept.half;
-      if (slot >= 0)
-        (which ? cache.values : cache.keys)[(static_cast<u64>(slot) * kv_heads + kv_head) * HEAD_DIM + inner] = kept.bits;
+      scratch.queries[column] = value * scale;
+      continue;
+    }
+    const int which = (column - WIDTH) / HEAD_DIM;
+#if IN_8_BITS
+    scratch.turned[which][inner] = value;
+#else
+    const u16 half = static_cast<u16>(__float_as_uint(value) >> 16);
+    scratch.fresh[which][inner] = half;
+    if (slot >= 0)
+      (which ? cache.values : cache.keys)[(static_cast<u64>(slot) * kv_heads + kv_head) * ROW + inner] = half;
+#endif
+  }
+  __syncthreads();
+#if IN_8_BITS
+  if (owner && warp < 2) {  // the key's codes and scale, and the value's
+    constexpr int OWN = HEAD_DIM / 32;  // elements of a lane
+    float own[OWN], largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      own[i] = scratch.turned[warp][lane + 32 * i];
+      largest = fmaxf(largest, fabsf(own[i]));
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    const float scale = largest * (1 / 127.f), inverse = scale > 1e-38f ? 1.f / scale : 1.f;
+    u8* to = (warp ? cache.values : cache.keys) + (static_cast<u64>(max(slot, 0)) * kv_heads + kv_head) * ROW;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const u8 code = static_cast<u8>(static_cast<int>(floorf(own[i] * inverse + 0.5f)));
+      scratch.fresh[warp][lane + 32 * i] = code;
+      if (slot >= 0) to[lane + 32 * i] = code;
+    }
+    if (lane == 0) {
+      *reinterpret_cast<float*>(scratch.fresh[warp] + HEAD_DIM) = scale;
+      if (slot >= 0) *reinterpret_cast<float*>(to + HEAD_DIM) = scale;
     }
   }
   __syncthreads();
+#endif
 
   float q[GROUP][8];
 #pragma unroll
@@ -362,9 +412,10 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     float scores[GROUP][LOADS];
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      const uint4 key = read_piece(own_pieces + i * LOAD_BYTES);
+      const Eight key = read_piece(own_pieces + i * LOAD_BYTES);
+      const float key_scale = scale_at(stage, i);
 #pragma unroll
-      for (int g = 0; g < GROUP; g++) scores[g][i] = sum_of_position(score(q[g], key));
+      for (int g = 0; g < GROUP; g++) scores[g][i] = sum_of_position(score(q[g], key)) * key_scale;
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
@@ -378,21 +429,27 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     }
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      const uint4 value = read_piece(own_pieces + (LOADS + i) * LOAD_BYTES);
+      const Eight value = read_piece(own_pieces + (LOADS + i) * LOAD_BYTES);
+      const float value_scale = scale_at(stage, LOADS + i);
       const bool seen = base + i * TOGETHER + lane / LANES < stop;
 #pragma unroll
-      for (int g = 0; g < GROUP; g++) heads[g].add(seen ? exp2f(scores[g][i] - heads[g].peak) : 0.f, value);
+      for (int g = 0; g < GROUP; g++) heads[g].add(seen ? exp2f(scores[g][i] - heads[g].peak) : 0.f, value, value_scale);
     }
   }
   if (owner && length > 0 && warp == 0) {
-    const uint4 key = *reinterpret_cast<const uint4*>(scratch.fresh[0] + lane % LANES * 8);
-    const uint4 value = *reinterpret_cast<const uint4*>(scratch.fresh[1] + lane % LANES * 8);
+    auto find_fresh = [&](int which) { return reinterpret_cast<const u8*>(scratch.fresh[which]); };
+    const Eight key = read_piece(find_fresh(0) + lane % LANES * PIECE), value = read_piece(find_fresh(1) + lane % LANES * PIECE);
+#if IN_8_BITS
+    auto fresh_scale = [&](int which) { return *reinterpret_cast<const float*>(find_fresh(which) + HEAD_DIM); };
+#else
+    auto fresh_scale = [](int) { return 1.f; };
+#endif
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-      const float sum = sum_of_position(score(q[g], key));
+      const float sum = sum_of_position(score(q[g], key)) * fresh_scale(0);
       if (lane < LANES) {
         heads[g].rescale(fmaxf(heads[g].peak, sum));
-        heads[g].add(exp2f(sum - heads[g].peak), value);
+        heads[g].add(exp2f(sum - heads[g].peak), value, fresh_scale(1));
       }
     }
   }
@@ -438,7 +495,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   __syncthreads();
   float* left = scratch.queries;  // what this block leaves, rounded
   auto store = [&](int column, float mixed, float total) {
-    const float mean = rounded(total > 0.f ? mixed / total * LIFT : 0.f);
+    const float mean = rounded(total > 0.f ? mixed / total : 0.f);
     left[column] = mean;
     out[tiled_at(row, first + column, padded)] = static_cast<u16>(__float_as_uint(mean) >> 16);
   };

@@ -40,7 +40,7 @@ def definitions(
     return (
         f"HEAD_DIM={head_dim}",
         f"GROUP={heads // kv_heads}",
-        f"IN_8_BITS={int(cached == eight_bits.E4M3)}",
+        f"IN_8_BITS={int(cached == eight_bits.INT8)}",
         f"STAGES={_stages(device)}",
         f"CLUSTERS={int(has_clusters(device))}",
     )
@@ -56,7 +56,7 @@ class PagedContext(NamedTuple):
 
     cos, sin: [positions, D]. positions, slots: int32 [M], of the new position, the last one of its
     context; slot -1: it is not kept. key_cache, value_cache: [blocks, block_size, G, D], in cos'
-    dtype or in 8 bits. block_tables: int32 [M, width]. context_lengths: int32 [M].
+    dtype, or in 8 bits (`eight_bits`). block_tables: int32 [M, width]. context_lengths: int32 [M].
     """
 
     cos: torch.Tensor
@@ -68,6 +68,10 @@ class PagedContext(NamedTuple):
     block_tables: torch.Tensor
     context_lengths: torch.Tensor
 
+    @property
+    def head_dim(self) -> int:
+        return eight_bits.head_dim_of(self.key_cache)
+
     def check(self, rows: int, dtype: torch.dtype) -> None:
         integers = (self.positions, self.slots, self.context_lengths)
         assert all(tensor.shape == (rows,) for tensor in integers)
@@ -77,7 +81,7 @@ class PagedContext(NamedTuple):
         assert self.key_cache.shape == self.value_cache.shape
         assert self.key_cache.dtype == self.value_cache.dtype
         assert eight_bits.fits(self.key_cache, dtype)
-        assert self.cos.shape == self.sin.shape == (len(self.cos), self.key_cache.shape[3])
+        assert self.cos.shape == self.sin.shape == (len(self.cos), self.head_dim)
         assert self.cos.dtype == self.sin.dtype == dtype
         whole = (self.cos, self.sin, self.key_cache, self.value_cache)
         assert all(tensor.is_contiguous() for tensor in whole)
@@ -127,7 +131,8 @@ def attend_sums(
     splits: a power of two up to 8, how many blocks share one context; None: chosen.
     """
     rows, columns = sums.shape
-    block_size, kv_heads, head_dim = context.key_cache.shape[1:]
+    block_size, kv_heads = context.key_cache.shape[1:3]
+    head_dim = context.head_dim
     heads = columns // head_dim - 2 * kv_heads
     assert columns == (heads + 2 * kv_heads) * head_dim
     assert heads % kv_heads == 0
@@ -169,8 +174,8 @@ def attend_sums(
         *((None, None) if clusters or meeting is None else meeting),
     )
     # bytes of keys and values; a warp leaves its float32 sums there
-    stage = (_THREADS // 32) * 2 * _STEP * head_dim * context.key_cache.element_size()
-    ring = _stages(out.device) * stage
+    row = eight_bits.row_width(head_dim, cached) * cached.itemsize
+    ring = _stages(out.device) * (_THREADS // 32) * 2 * _STEP * row
     cuda_source.launch(
         function,
         (splits, kv_heads, rows),

@@ -15,7 +15,7 @@ from qlorachat.kernels.device import (
     triton,
     wait_for_previous,
 )
-from qlorachat.kernels.eight_bits import encode
+from qlorachat.kernels.eight_bits import encode, scale_of
 
 _HEADS = 4  # of one program
 
@@ -36,17 +36,18 @@ def rope_and_cache(
     cast to qkv's dtype, and each product and sum is rounded to it, as in apply_rotary_pos_emb.
     positions, slots: int32 [T]; slot = block * block_size + offset, all different, and -1 for a
     padding row, which writes nothing.
-    key_cache, value_cache: [blocks, block_size, G, D], contiguous, of qkv's dtype or in 8 bits.
+    key_cache, value_cache: [blocks, block_size, G, D], contiguous, of qkv's dtype, or in 8 bits
+    (`eight_bits`).
     """
     _check(qkv, cos, sin, positions, slots, key_cache, value_cache)
     if not runs_triton(qkv):
         return rope_and_cache_reference(qkv, cos, sin, positions, slots, key_cache, value_cache)
-    kv_heads, head_dim = key_cache.shape[2:]
+    kv_heads, head_dim = key_cache.shape[2], eight_bits.head_dim_of(key_cache)
     half, all_heads = head_dim // 2, qkv.shape[1] // head_dim
     q = qkv.new_empty(len(qkv), all_heads - 2 * kv_heads, head_dim)
     grid = (len(qkv), triton.cdiv(all_heads, _HEADS))
     shape = {"heads": q.shape[1], "kv_heads": kv_heads, "half": half}
-    shape |= {"in_8_bits": key_cache.dtype == eight_bits.E4M3}
+    shape |= {"tail": eight_bits.TAIL if key_cache.dtype == eight_bits.INT8 else 0}
     tile = {"head_block": _HEADS, "half_block": triton.next_power_of_2(half), "num_warps": 1}
     _rope_kernel[grid](
         qkv,
@@ -55,8 +56,10 @@ def rope_and_cache(
         positions,
         slots,
         q,
-        eight_bits.as_bytes(key_cache),
-        eight_bits.as_bytes(value_cache),
+        key_cache,
+        value_cache,
+        eight_bits.scales_of(key_cache),
+        eight_bits.scales_of(value_cache),
         **shape,
         **tile,
         **dependent_launch(qkv),
@@ -74,7 +77,7 @@ def rope_and_cache_reference(
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
     """`rope_and_cache` in plain torch; like it, it never waits for the device."""
-    kv_heads, head_dim = key_cache.shape[2:]
+    kv_heads, head_dim = key_cache.shape[2], eight_bits.head_dim_of(key_cache)
     turning, values = qkv.view(len(qkv), -1, head_dim).split_with_sizes(
         [qkv.shape[1] // head_dim - kv_heads, kv_heads], dim=1
     )
@@ -96,7 +99,7 @@ def _check(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> None:
-    head_dim = key_cache.shape[3]
+    head_dim = eight_bits.head_dim_of(key_cache)
     assert qkv.dim() == 2
     assert qkv.shape[1] % head_dim == head_dim % 2 == 0
     assert cos.shape == sin.shape == (len(cos), head_dim)
@@ -117,8 +120,8 @@ class _Places(NamedTuple):
 
 
 def _write(cache: torch.Tensor, rows: torch.Tensor, places: _Places) -> None:
-    flat = eight_bits.as_bytes(cache).view(-1, *cache.shape[2:])
-    rows = eight_bits.narrow(rows, cache)
+    flat = cache.view(-1, *cache.shape[2:])
+    rows = eight_bits.narrow(rows, cache.dtype)
     chosen = rows if places.source is None else rows.index_select(0, places.source)
     if places.real is not None:
         chosen = torch.where(places.real, chosen, flat[:1])
@@ -151,10 +154,12 @@ def _rope_kernel(
     q: tl.tensor,
     key_cache: tl.tensor,
     value_cache: tl.tensor,
+    key_scales: tl.tensor,
+    value_scales: tl.tensor,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     half: tl.constexpr,
-    in_8_bits: tl.constexpr,
+    tail: tl.constexpr,
     head_block: tl.constexpr,
     half_block: tl.constexpr,
     early: tl.constexpr,
@@ -180,16 +185,28 @@ def _rope_kernel(
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:
         return
-    cached = slot * (kv_heads * 2 * half) + at - heads * 2 * half
-    is_key = inside & (head >= heads) & (head < heads + kv_heads)
-    if in_8_bits:  # of what is rounded, as in another cache
-        turned_first = encode(turned_first.to(first.dtype).to(tl.float32))
-        turned_second = encode(turned_second.to(first.dtype).to(tl.float32))
-        first = encode(first.to(tl.float32))
-        second = encode(second.to(tl.float32))
-    _store_halves(key_cache + cached, turned_first, turned_second, half, is_key)
-    cached -= kv_heads * 2 * half
-    _store_halves(value_cache + cached, first, second, half, inside & (head >= heads + kv_heads))
+    width = 2 * half + tail
+    key_row = slot * kv_heads + head - heads
+    value_row = key_row - kv_heads
+    is_key = (head >= heads) & (head < heads + kv_heads)
+    is_value = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
+    if tail:  # of what is rounded, as in another cache
+        turned_first = turned_first.to(first.dtype).to(tl.float32)
+        turned_second = turned_second.to(first.dtype).to(tl.float32)
+        first = first.to(tl.float32)
+        second = second.to(tl.float32)
+        key_scale = scale_of(turned_first, turned_second)
+        value_scale = scale_of(first, second)
+        tl.store(key_scales + key_row * (width // 4) + half // 2, key_scale, mask=is_key)
+        tl.store(value_scales + value_row * (width // 4) + half // 2, value_scale, mask=is_value)
+        turned_first = encode(turned_first, key_scale)
+        turned_second = encode(turned_second, key_scale)
+        first = encode(first, value_scale)
+        second = encode(second, value_scale)
+    keys = key_cache + key_row * width + column
+    _store_halves(keys, turned_first, turned_second, half, is_key & narrow)
+    values = value_cache + value_row * width + column
+    _store_halves(values, first, second, half, is_value & narrow)
 
 
 @jit

@@ -19,6 +19,7 @@ from qlorachat.kernels.decode_attention import (
     make_meeting,
 )
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
+from qlorachat.kernels.eight_bits import narrow, widen
 from qlorachat.kernels.nf4 import nf4_dequantize, nf4_write_out, random_matrix
 from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled, nf4_matmul_tiled_reference
 from qlorachat.kernels.sums import LateNorm
@@ -26,7 +27,6 @@ from qlorachat.kernels.tiles import rows_padded, tile, tiled_shape
 
 HALF = torch.bfloat16
 _NEAR = 2**-5  # of the largest number: many roundings of bfloat16
-_NEAR_IN_8_BITS = 2**-3  # one step of e4m3
 _RANK, _EPS = 16, 1e-5
 
 
@@ -87,7 +87,7 @@ def try_attention(like: torch.Tensor, group: int, head_dim: int, cached: torch.d
     tables = like.new_tensor(range(rows * width), dtype=torch.int32).view(rows, width)
     slots = tables[:, 0] * block + lengths - 1  # a row's blocks follow each other
     keys, values = (
-        make.normal(rows * width, block, kv_heads, head_dim).to(cached) for _ in range(2)
+        narrow(make.normal(rows * width, block, kv_heads, head_dim), cached) for _ in range(2)
     )
     rope = (make.normal(longest, head_dim), make.normal(longest, head_dim))
     context = PagedContext(*rope, lengths - 1, slots, keys, values, tables, lengths)
@@ -150,7 +150,6 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _compare(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    near = _NEAR_IN_8_BITS if ours.element_size() == 1 else _NEAR
-    error = (ours.float() - theirs.float()).abs().max()
-    if not error <= near * theirs.float().abs().max():  # nor where it is NaN
+    error = (widen(ours, HALF).float() - widen(theirs, HALF).float()).abs().max()
+    if not error <= _NEAR * widen(theirs, HALF).float().abs().max():  # nor where it is NaN
         raise RuntimeError(f"{what} differs from its reference by {float(error):.2g}")

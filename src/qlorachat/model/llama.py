@@ -28,7 +28,7 @@ class PagedLlama:
     def __init__(
         self, model: Any, adapters: AdapterStacks, cached: torch.dtype | None = None
     ) -> None:
-        """cached: the dtype of keys and values, `kernels.eight_bits.E4M3` or the model's (None)."""
+        """cached: the dtype of keys and values, `kernels.eight_bits.INT8` or the model's (None)."""
         _say_whose_kernels(model)
         self.config = model.config
         self.device: torch.device = model.device
