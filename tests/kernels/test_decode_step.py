@@ -7,6 +7,7 @@ from qlorachat.kernels import cuda_source, silu_mul
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tile, untile
+from tests.kernels.cubin import registers
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
@@ -117,6 +118,5 @@ def test_the_source_compiles(architecture: str) -> None:
     definitions = ["SHARED_BASE=0"]
     code = cuda_source.compile_source("decode_step.cu", architecture, definitions)
     assert code.startswith(b"\x7fELF")
-    for kernel in (b"begin_residual", b"add_to_residual", b"silu_mul"):
-        for tiles in (b"_1", b"_2"):
-            assert b"\0" + kernel + tiles + b"\0" in code
+    kernels = ("begin_residual", "add_to_residual", "silu_mul")
+    assert set(registers(code)) == {f"{each}_{tiles}" for each in kernels for tiles in (1, 2)}

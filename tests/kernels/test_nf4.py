@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlorachat.kernels import cuda_source, nf4
+from qlorachat.kernels import nf4_matmul as nf4_matmul_module
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
+from tests.kernels.cubin import registers
+from tests.kernels.emulator import AMPERE, HOPPER
 from tests.kernels.step_cases import expanded, make_expanding
 
 needs_nvrtc = pytest.mark.skipif(
@@ -92,8 +95,24 @@ def test_the_sources_compile(architecture: str) -> None:
             continue
         code = cuda_source.compile_source(name, architecture, definitions)
         assert code.startswith(b"\x7fELF")
-        for kernel in wanted:
-            assert b"\0" + kernel.encode() + b"\0" in code
+        assert set(wanted) <= set(registers(code))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_a_processor_has_room_for_a_product(architecture: str) -> None:
+    """Its four schedulers have 16,384 registers each, and every fourth warp."""
+    hopper = architecture == "sm_90a"
+    name = "nf4_matmul_hopper.cu" if hopper else "nf4_matmul.cu"
+    base = f"SHARED_BASE={ARCHITECTURES[architecture]}"
+    found = registers(cuda_source.compile_source(name, architecture, [base]))
+    make = nf4_matmul_module._hopper_instance if hopper else nf4_matmul_module._instance
+    for rows in ROWS:
+        threads, shared_bytes = make(rows)
+        assert shared_bytes <= (HOPPER if hopper else AMPERE).shared_bytes
+        for kernel in (f"nf4_matmul_{rows}", f"nf4_matmul_{rows}_ragged"):
+            whole = -(-found[kernel] // 8) * 8
+            assert -(-threads // 128) * 32 * whole <= 16384, kernel
 
 
 @needs_nvrtc

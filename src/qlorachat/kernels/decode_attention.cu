@@ -208,7 +208,7 @@ struct Scratch {
   Splits all;                       // where a context has several blocks
 };
 
-// 16 bytes into shared memory, zeros where they are not wanted.
+// A piece, or a row's tail, into shared memory; zeros where it is not wanted.
 __device__ __forceinline__ void copy_piece(u32 to, const Cached* from, bool wanted) {
 #if IN_8_BITS
   asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(wanted ? 8 : 0) : "memory");
@@ -285,15 +285,15 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
         const int offset = i * TOGETHER + lane / LANES;
-        const u64 row = ((place + offset) * kv_heads + kv_head) * ROW;
+        const u64 from = ((place + offset) * kv_heads + kv_head) * ROW;
         const u32 to = landing + stage * STAGE_BYTES + i * LOAD_BYTES;
-        copy_piece(to, cache.keys + row + lane % LANES * 8, base + offset < stop);
-        copy_piece(to + LOADS * LOAD_BYTES, cache.values + row + lane % LANES * 8, base + offset < stop);
+        copy_piece(to, cache.keys + from + lane % LANES * 8, base + offset < stop);
+        copy_piece(to + LOADS * LOAD_BYTES, cache.values + from + lane % LANES * 8, base + offset < stop);
 #if IN_8_BITS
         if (lane % LANES == 0) {
           const u32 tail = tails + stage * STAGE_BYTES + i * TAIL_BYTES;
-          copy_piece(tail, cache.keys + row + HEAD_DIM, base + offset < stop);
-          copy_piece(tail + LOADS * TAIL_BYTES, cache.values + row + HEAD_DIM, base + offset < stop);
+          copy_piece(tail, cache.keys + from + HEAD_DIM, base + offset < stop);
+          copy_piece(tail + LOADS * TAIL_BYTES, cache.values + from + HEAD_DIM, base + offset < stop);
         }
 #endif
       }

@@ -1,0 +1,36 @@
+"""What a card must know of machine code before it launches a kernel."""
+
+import struct
+from collections.abc import Iterator
+
+_REGISTERS = 0x2F  # EIATTR_REGCOUNT
+_SIZED = 0x04  # an attribute with a payload of its own size; others have two bytes
+
+
+def registers(code: bytes) -> dict[str, int]:
+    """Registers of a thread, by kernel."""
+    sections = dict(_sections(code))
+    symbols, names, notes = (sections[name] for name in (".symtab", ".strtab", ".nv.info"))
+    found, at = {}, 0
+    while at < len(notes):
+        kind, attribute, size = struct.unpack_from("<BBH", notes, at)
+        if kind == _SIZED and attribute == _REGISTERS:
+            symbol, count = struct.unpack_from("<II", notes, at + 4)
+            (name,) = struct.unpack_from("<I", symbols, 24 * symbol)
+            found[_text(names, name)] = count
+        at += 4 + (size if kind == _SIZED else 0)
+    return found
+
+
+def _sections(code: bytes) -> Iterator[tuple[str, bytes]]:
+    """Of an ELF file of 64 bit."""
+    (table,) = struct.unpack_from("<Q", code, 0x28)
+    width, count, of_names = struct.unpack_from("<HHH", code, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", code, table + i * width) for i in range(count)]
+    names = code[headers[of_names][4] :]
+    for name, _, _, _, offset, size in headers:
+        yield _text(names, name), code[offset : offset + size]
+
+
+def _text(names: bytes, start: int) -> str:
+    return names[start : names.index(b"\0", start)].decode()
