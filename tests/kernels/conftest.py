@@ -13,7 +13,9 @@ def compiled_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> emulator.Emula
     return emulator.Emulator(tmp_path_factory.mktemp("kernels"))
 
 
-@pytest.fixture(params=[emulator.HOPPER, emulator.AMPERE], ids=lambda card: card.name)
+@pytest.fixture(
+    params=[emulator.HOPPER, emulator.AMPERE, emulator.BLACKWELL], ids=lambda card: card.name
+)
 def card(
     request: pytest.FixtureRequest,
     compiled_for_cpu: emulator.Emulator,

@@ -63,6 +63,7 @@ class Card(NamedTuple):
 
 HOPPER = Card("Hopper", 900, 227 * 1024)
 AMPERE = Card("Ampere", 860, 99 * 1024)
+BLACKWELL = Card("Blackwell", 1200, 99 * 1024)
 
 
 class OnCard(torch.Tensor):
