@@ -56,7 +56,7 @@ def test_parts_that_stay_are_given_and_the_rest_is_seen_as_one() -> None:
         ("activations", 9),
     ]
     assert [part.measured for part in parts[:3]] == [101, 21, 11]
-    assert 150 * MIB < (parts[3].measured or 0) < 400 * MIB  # other memory comes and goes
+    assert 100 * MIB < (parts[3].measured or 0) < 600 * MIB  # other memory comes and goes
     assert measured.plan.predicted == PLAN.predicted
     assert measured.plan.needed == 133 + (parts[3].measured or 0)
     assert math.isclose(measured.tokens_per_second * measured.seconds, 7)
