@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import time
 
 import pytest
 
@@ -47,8 +48,14 @@ def test_an_interrupt_while_waiting_leaves_no_stale_answer(
     renderer.render([DIALOG], add_generation_prompt=True)
     child = renderer._child
     assert child is not None
+
+    def wait(line: bytes) -> None:
+        signal.raise_signal(signal.SIGINT)
+        while True:  # on a busy machine it comes some instructions later
+            time.sleep(0.01)
+
     with monkeypatch.context() as patch:
-        patch.setattr(child, "_exchange", lambda line: signal.raise_signal(signal.SIGINT))
+        patch.setattr(child, "_exchange", wait)
         with pytest.raises(KeyboardInterrupt):
             renderer.render([DIALOG], add_generation_prompt=True)
     assert not child.alive
