@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import sys
-import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -41,6 +41,15 @@ def test_a_process_that_died_between_two_renderings_is_started_again() -> None:
     assert renderer.render([DIALOG], add_generation_prompt=True) == [{"text": "s"}]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where tests were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_waiting_leaves_no_stale_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -48,14 +57,8 @@ def test_an_interrupt_while_waiting_leaves_no_stale_answer(
     renderer.render([DIALOG], add_generation_prompt=True)
     child = renderer._child
     assert child is not None
-
-    def wait(line: bytes) -> None:
-        signal.raise_signal(signal.SIGINT)
-        while True:  # on a busy machine it comes some instructions later
-            time.sleep(0.01)
-
     with monkeypatch.context() as patch:
-        patch.setattr(child, "_exchange", wait)
+        patch.setattr(child, "_exchange", lambda line: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             renderer.render([DIALOG], add_generation_prompt=True)
     assert not child.alive
