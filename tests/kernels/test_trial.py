@@ -46,6 +46,15 @@ def test_a_wrong_result_is_found(wrong: float, monkeypatch: pytest.MonkeyPatch) 
         trial.try_attention(torch.empty(0), 1, 64, HALF)
 
 
+def test_adapters_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*arguments: Any, **of_a_card: object) -> None:
+        attend_sums_reference(*arguments[:-1], None)
+
+    monkeypatch.setattr(trial, "attend_sums", attend)
+    with pytest.raises(RuntimeError, match="attention in 1 blocks differs from its reference by"):
+        trial.try_attention(torch.empty(0), 1, 64, HALF)
+
+
 @pytest.fixture
 def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A card on which everything compiles."""

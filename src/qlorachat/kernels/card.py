@@ -1,7 +1,7 @@
 """Which of our CUDA kernels a card runs: compiled, and tried once against their references.
 
-One that does not compile, breaks or computes something else is not used there, and the reason is
-said.
+One that does not compile, can't be launched or computes something else is not used there, and the
+reason is said.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Our CUDA kernels on the card at hand, against their references on small inputs.
 
-Each function takes a tensor of the card and raises RuntimeError where a kernel breaks or differs.
+Each function takes a tensor of the card and raises RuntimeError where a kernel can't be
+launched or differs.
 """
 
 from __future__ import annotations
@@ -56,11 +57,7 @@ def try_step(like: torch.Tensor) -> None:
     make, width = _Inputs(like), 192
     for rows in (3, 20):
         x = like.new_zeros(tiled_shape(width, rows_padded(rows)), dtype=HALF)
-        shrinking = Shrinking(
-            a=make.normal(2, _RANK, width),
-            slots=make.slots(rows),
-            shrunk=like.new_zeros(rows, 2 * _RANK, dtype=torch.float32),
-        )
+        shrinking = make.shrinking(rows, width)
         residual, squares = make.normal(rows, width), make.ones(rows)
         normed = (make.normal(width), x, residual, squares, shrinking)
         ids = like.new_zeros(rows, dtype=torch.int64)
@@ -76,7 +73,7 @@ def try_step(like: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def try_attention(like: torch.Tensor, group: int, head_dim: int, cached: torch.dtype) -> None:
-    """Rope and attention of two key heads, one block a context and several.
+    """Rope and attention of two key heads with adapters, one block a context and several.
 
     group: query heads of a key head. cached: the dtype of keys and values.
     """
@@ -98,7 +95,8 @@ def try_attention(like: torch.Tensor, group: int, head_dim: int, cached: torch.d
         attend = partial(attend_sums, meeting=meeting, splits=splits)
         norm = LateNorm(make.ones(rows), 1, _EPS)
         kernels = (attend, attend_sums_reference)
-        arguments = (sums, norm, context, head_dim**-0.5, out, None)
+        shrinking = make.shrinking(rows, heads * head_dim)
+        arguments = (sums, norm, context, head_dim**-0.5, out, shrinking)
         _try(f"attention in {splits} blocks", *kernels, *arguments)
 
 
@@ -118,6 +116,11 @@ class _Inputs:
     def slots(self, rows: int) -> torch.Tensor:
         """No adapter, and each of two."""
         return self._like.new_tensor([row % 3 for row in range(rows)], dtype=torch.int32)
+
+    def shrinking(self, rows: int, columns: int) -> Shrinking:
+        a = self.normal(2, _RANK, columns) / columns**0.5
+        shrunk = self._like.new_zeros(rows, 2 * _RANK, dtype=torch.float32)
+        return Shrinking(a, self.slots(rows), shrunk)
 
 
 def _try(

@@ -209,7 +209,7 @@ class FusedDecode:
         places = (*self._rope, rows.positions, rows.slots)
         reach = (rows.attention.block_tables, rows.attention.context_lengths)
         context = PagedContext(*places, cache.keys[layer], cache.values[layer], *reach)
-        scale, into = context.cos.shape[1] ** -0.5, space.attended
+        scale, into = context.head_dim**-0.5, space.attended
         shrinking = self._shrinking(rows, space, 4 * layer + 1)
         attend_sums(sums, late, context, scale, into, shrinking, space.meeting)
 

@@ -15,7 +15,7 @@ _STATIC = re.compile(r"__shared__\s+(\w+)\s+(\w+);")
 _KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__\w+__\([^)]*\)\s+)?(\w+)\(([^)]*)\)\s*\{'
 )
-_REGISTERS = {".pred": "bool", ".b16": "unsigned short", ".b32": "unsigned"}
+_REGISTERS = {".pred": "bool", ".b32": "unsigned"}
 
 
 class Parameter(NamedTuple):
