@@ -48,7 +48,9 @@ def test_a_wrong_result_is_found(wrong: float, monkeypatch: pytest.MonkeyPatch) 
 
 def test_adapters_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(*arguments: Any, **of_a_card: object) -> None:
-        attend_sums_reference(*arguments[:-1], None)
+        *rest, _ = arguments
+        without: list[Any] = [*rest, None]
+        attend_sums_reference(*without)
 
     monkeypatch.setattr(trial, "attend_sums", attend)
     with pytest.raises(RuntimeError, match="attention in 1 blocks differs from its reference by"):
