@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from qlorachat.kernels import activation, attention, device, lora, norm, rotary
+from qlorachat.kernels import (
+    LoraSegment,
+    activation,
+    attention,
+    device,
+    lora,
+    lora_segments,
+    norm,
+    rotary,
+)
 from qlorachat.kernels.eight_bits import INT8, narrow
 
 jit: Any = importlib.import_module("triton.runtime.jit")
@@ -49,7 +58,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(jit.JITFunction, "run", compile_only)
     monkeypatch.setattr(driver.driver, "_active", Driver(request.param))
     monkeypatch.setattr(device, "starts_early", lambda device: request.param >= 90)
-    for module in (activation, attention, lora, norm, rotary):
+    for module in (activation, attention, lora, lora_segments, norm, rotary):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     return names
 
@@ -94,6 +103,18 @@ def add_lora() -> None:
     lora.lora_expand_add(sums, zeros(2, 12288, 16), integers(4), scales, zeros(4, 12288), columns)
 
 
+def rope_of_a_prefill() -> None:
+    cache, table = zeros(2, 64, 32, 128), torch.zeros(128, 128)
+    places = (integers(65), integers(65))
+    rotary.rope_and_cache(zeros(65, 12288), table, table, *places, cache, cache)
+
+
+def add_lora_to_segments() -> None:
+    weights, columns = (zeros(2, 48, 4096), zeros(2, 12288, 16)), (0, 4096, 8192, 12288)
+    segments = [LoraSegment(0, 3, 1, 0.5), LoraSegment(3, 4, 2, 1.0)]
+    lora_segments.lora_add_segments(zeros(4, 4096), *weights, segments, zeros(4, 12288), columns)
+
+
 LAUNCHES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "rms_norm": (lambda: norm.rms_norm(zeros(4, 4096), zeros(4096), 1e-5), ["_norm_kernel"]),
     "add_rms_norm": (
@@ -105,6 +126,8 @@ LAUNCHES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "rope_and_cache, 8 bits": (rope_to_8_bits, ["_rope_kernel"]),
     "paged_decode_attention, 8 bits": (attend_to_8_bits, ["_attend_kernel"]),
     "paged_decode_attention": (attend, ["_attend_kernel", "_attend_kernel", "_combine_kernel"]),
+    "rope_and_cache of a prefill": (rope_of_a_prefill, ["_rope_kernel"]),
+    "segments": (add_lora_to_segments, ["_expand_segment_kernel", "_expand_segment_kernel"]),
     "lora": (add_lora, ["_shrink_kernel", "_expand_kernel"]),
 }
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from qlorachat.kernels import activation, attention, lora, norm, rotary
+from qlorachat.kernels import activation, attention, lora, lora_segments, norm, rotary
 from qlorachat.kernels.device import runs_triton
 from qlorachat.kernels.eight_bits import widen
 from tests.kernels.cases import make_lora, make_paged, make_rope
@@ -83,7 +83,7 @@ def test_silu_mul(dtype: torch.dtype, rows: int, width: int) -> None:
 @few
 @given(
     dtypes,
-    st.integers(1, 7),
+    st.sampled_from([1, 2, 7, 70]),
     st.sampled_from([(9, 3, 64), (4, 4, 80), (6, 1, 96), (2, 2, 128)]),
     st.booleans(),
 )
@@ -165,4 +165,20 @@ def test_lora(
     y, expected = case.y.clone(), case.y.clone()
     lora.lora_expand_add(sums, case.b, case.slots, case.scales, y, case.columns)
     lora.lora_expand_add_reference(shrunk, case.b, case.slots, case.scales, expected, case.columns)
+    close(y, expected, TOLERANCE[dtype])
+
+
+@few
+@given(
+    dtypes,
+    st.sampled_from([1, 63, 130]),
+    st.sampled_from([1, 16, 24, 72]),
+    st.sampled_from([(48,), (200, 24), (140, 16, 16)]),
+)
+def test_lora_of_segments(dtype: torch.dtype, rows: int, rank: int, parts: tuple[int, ...]) -> None:
+    case = make_lora(dtype, rows=rows, inputs=40, rank=rank, parts=parts, adapters=1)
+    shrunk = (case.x @ case.a[0].T).contiguous()
+    y, expected = case.y.clone(), case.y.clone()
+    lora_segments._expand_add(shrunk, case.b[0], 0.5, y, case.columns)
+    lora_segments._expand_add_reference(shrunk, case.b[0], 0.5, expected, case.columns)
     close(y, expected, TOLERANCE[dtype])

@@ -198,7 +198,7 @@ struct Splits {
 #endif
 
 struct Scratch {
-  float qkv[WIDTH + 2 * HEAD_DIM];  // of this row and key head, normed, before rope
+  __align__(16) float qkv[WIDTH + 2 * HEAD_DIM];  // of this row and key head, normed, before rope
   float queries[WIDTH];             // after it, times scale
   __align__(16) Cached fresh[2][ROW];  // key and value of the new position, as the cache has them
 #if IN_8_BITS
@@ -315,7 +315,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   const int part = Splits::part(), first = kv_head * WIDTH + Splits::first();
   const u16* a = adapters.a + static_cast<u64>(max(adapter - 1, 0)) * adapters.ranks * (kv_heads * WIDTH) + first;
   auto find_a = [&](int rank, int column) {
-    return reinterpret_cast<const u32*>(a + static_cast<u64>(rank) * (kv_heads * WIDTH) + column);
+    return a + static_cast<u64>(rank) * (kv_heads * WIDTH) + column;
   };
   if (adapter)
     for (int rank = tid; rank < adapters.ranks; rank += THREADS)
@@ -453,29 +453,31 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       }
     }
   }
-  // A's first values come while sums are put together: by 16 ranks and 16 columns, a pair a lane.
-  constexpr int HELD = 8;
+  // A x of a block's columns: eight lanes have a rank, eight neighbouring columns each. The first pieces of A
+  // come while sums are put together.
+  constexpr int HELD = 2;
   struct Piece {
-    int rank = 0, column = 0;  // its first ones: the same in all lanes
+    int rank = 0, column = 0;  // of 16 ranks and 64 columns
     __device__ __forceinline__ void next(int part) {
-      column += 16;
+      column += 64;
       if (column < part) return;
       column = 0;
       rank += 16;
     }
   };
-  const int own_rank = tid >> 3, own_column = (tid & 7) * 2;  // in a piece
-  auto load_pair = [&](const Piece& piece) {
-    const bool inside = adapter && piece.rank < adapters.ranks && piece.column + own_column < part;
-    return inside ? __ldg(find_a(piece.rank + own_rank, piece.column + own_column)) : 0;
-  };
-  u32 held[HELD];
-  Piece loading;
+  const int own_rank = tid >> 3, own_column = (tid & 7) * 8;  // in a piece
+  uint4 words[HELD];
+  Piece loading, adding;
+  auto load = [&] {
 #pragma unroll
-  for (int i = 0; i < HELD; i++) {
-    held[i] = load_pair(loading);
-    loading.next(part);
-  }
+    for (int i = 0; i < HELD; i++) {
+      const bool inside = adapter && loading.rank < adapters.ranks && loading.column + own_column < part;
+      words[i] = make_uint4(0, 0, 0, 0);
+      if (inside) words[i] = __ldg(reinterpret_cast<const uint4*>(find_a(loading.rank + own_rank, loading.column + own_column)));
+      loading.next(part);
+    }
+  };
+  load();
   // A warp's sums take the place of what it read.
   auto mixed_of = [&](int warp) { return reinterpret_cast<float*>(shared + warp * STAGES * STAGE_BYTES); };
   static_assert(WIDTH * 4 <= STAGES * STAGE_BYTES, "no room for a warp's sums");
@@ -525,30 +527,33 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   if (!adapter) return;
   __syncthreads();
   float* shrunk = adapters.shrunk + (static_cast<u64>(row) * adapters.count + adapter - 1) * adapters.ranks;
+  float* gathered = scratch.qkv;  // A x of 64 ranks: added whole, for an L2 adds few bytes as slowly as many
   float sum = 0.f;
-  Piece adding;
-  auto add_pair = [&](u32 pair) {  // eight lanes have a rank
-    if (adding.rank >= adapters.ranks) return;
-    const int rank = adding.rank, column = adding.column + own_column;
-    if (column < part) sum += low_half(pair) * left[column] + high_half(pair) * left[column + 1];
-    adding.next(part);
-    if (adding.rank == rank) return;
+  for (; adding.rank < adapters.ranks; load()) {
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if ((tid & 7) == 0) atomicAdd(shrunk + rank + own_rank, sum);
-    sum = 0.f;
-  };
+    for (int i = 0; i < HELD; i++) {
+      if (adding.rank == adapters.ranks) break;
+      if (adding.column + own_column < part) {
+        const float* x = left + adding.column + own_column;
+        const u32 pairs[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
 #pragma unroll
-  for (int i = 0; i < HELD; i++) add_pair(held[i]);
-  while (adding.rank < adapters.ranks) {
-    u32 pairs[4];
+        for (int e = 0; e < 4; e++) sum += low_half(pairs[e]) * x[2 * e] + high_half(pairs[e]) * x[2 * e + 1];
+      }
+      const int rank = adding.rank;
+      adding.next(part);
+      if (adding.rank == rank) continue;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      pairs[i] = load_pair(loading);
-      loading.next(part);
+      for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if ((tid & 7) == 0) gathered[rank % 64 + own_rank] = sum;
+      sum = 0.f;
+      const bool more = adding.rank < adapters.ranks;
+      if (adding.rank % 64 && more) continue;
+      __syncthreads();
+      const int begin = rank - rank % 64 + tid * 4;
+      const float4 four = reinterpret_cast<const float4*>(gathered)[tid & 15];
+      if (begin < adding.rank) add_four(shrunk + begin, four.x, four.y, four.z, four.w);
+      if (more) __syncthreads();
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) add_pair(pairs[i]);
   }
 }
 

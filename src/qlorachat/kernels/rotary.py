@@ -17,7 +17,8 @@ from qlorachat.kernels.device import (
 )
 from qlorachat.kernels.eight_bits import encode, scale_of
 
-_HEADS = 4  # of one program
+_HEADS = 4  # of a program and warp
+_FEW_ROWS = 64  # up to here more programs are better, then larger ones
 
 
 def rope_and_cache(
@@ -45,10 +46,11 @@ def rope_and_cache(
     kv_heads, head_dim = key_cache.shape[2], eight_bits.head_dim_of(key_cache)
     half, all_heads = head_dim // 2, qkv.shape[1] // head_dim
     q = qkv.new_empty(len(qkv), all_heads - 2 * kv_heads, head_dim)
-    grid = (len(qkv), triton.cdiv(all_heads, _HEADS))
+    warps = 1 if len(qkv) <= _FEW_ROWS else 4
+    grid = (len(qkv), triton.cdiv(all_heads, warps * _HEADS))
     shape = {"heads": q.shape[1], "kv_heads": kv_heads, "half": half}
     shape |= {"tail": eight_bits.TAIL if key_cache.dtype == eight_bits.INT8 else 0}
-    tile = {"head_block": _HEADS, "half_block": triton.next_power_of_2(half), "num_warps": 1}
+    tile = {"head_block": warps * _HEADS, "half_block": triton.next_power_of_2(half)}
     _rope_kernel[grid](
         qkv,
         cos,
@@ -62,6 +64,7 @@ def rope_and_cache(
         eight_bits.scales_of(value_cache),
         **shape,
         **tile,
+        num_warps=warps,
         **dependent_launch(qkv),
     )
     return q

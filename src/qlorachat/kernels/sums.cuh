@@ -15,6 +15,17 @@ __device__ __forceinline__ u32 round_pair(float low, float high) {
 }
 __device__ __forceinline__ float rounded(float value) { return low_half(round_pair(value, 0.f)); }
 
+__device__ __forceinline__ void add_four(float* at, float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+#else
+  atomicAdd(at, a);
+  atomicAdd(at + 1, b);
+  atomicAdd(at + 2, c);
+  atomicAdd(at + 3, d);
+#endif
+}
+
 // The place of (row, column) in a tiled x of P padded rows (tiles.py); a column and the next one, if
 // the first is even, are neighbours.
 __device__ __forceinline__ int tiled_at(int row, int column, int padded) {

@@ -683,6 +683,10 @@ inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& v
   sums[0] += *values[0];
   sums[1] += *values[1];
 }
+inline void red_global_add_v4_f32(const void* at, const std::array<float*, 4>& values) {
+  float* sums = reinterpret_cast<float*>(global(at, 16, "a reduction"));
+  for (int i = 0; i < 4; i++) sums[i] += *values[i];
+}
 
 inline void bar_sync(Address number, int threads) { sync_some(number, threads); }
 inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(const std::array<uint32_t*, 4>& to, Address at) { load_matrices(to, at); }
