@@ -19,114 +19,101 @@ __device__ __forceinline__ float4* find(float* sums, int outputs, int row, int c
 }
 
 // A x of a block's rows and columns, for the product that follows: x is operand B of mma, 16 ranks of
-// A operand A. Pairs of a slot and 16 ranks are taken one after the other, a slot once for all rows that
-// have it; warps add up in shared memory. What is held of A was loaded before the wait.
+// A operand A. A slot is taken once for all rows that have it; warps add up in shared memory.
 template <int TILES> struct Shrink {
-  static constexpr int TOGETHER = 3, ROUNDS = 4 / TILES, HELD = ROUNDS * TOGETHER;  // pairs
-  static constexpr int STRIDE = 20;  // of a row's 16 sums: no two lanes share a bank
-  struct Sums { float of[TOGETHER][WARPS][ROWS * STRIDE]; };
-  struct Pair { int slot, group; u32 remaining; };  // slot 0: none is left; remaining: lanes whose slots come later
+  static constexpr int GROUPS = 3, STRIDE = 20;  // of 16 ranks, at a time; of a row's 16 sums: no two lanes share a bank
   const Adapters& adapters;
   const int lane, column, columns;
-  int mine, adding;               // slots of this lane's row, and of the one that it adds up
-  Pair computing, loading, taken[TOGETHER];
-  uint2 words[HELD][TILES][2];    // of A, of the pairs that are next
+  int mine, adding, slot;           // slots: of this lane's row, of the row that it adds up, of `words`
+  u32 remaining;                    // lanes whose slots are yet to be taken
+  uint2 words[GROUPS][TILES][2];    // of the ranks that are next
 
   // No kernel writes A within a step: this may be before the wait.
   __device__ __forceinline__ Shrink(const Adapters& adapters, const Place<TILES>& at, int rows, int columns)
-      : adapters(adapters), lane(at.lane), column(at.column), columns(columns), mine(0), adding(0), computing(), loading() {
+      : adapters(adapters), lane(at.lane), column(at.column), columns(columns), mine(0), adding(0), slot(0) {
     if (adapters.a) {
       const int other = blockIdx.y * ROWS + (threadIdx.x >> 4);
       if (at.row < rows) mine = __ldg(adapters.slots + at.row);
       if (other < rows) adding = __ldg(adapters.slots + other);
     }
-    u32 all = __ballot_sync(~0u, mine > 0);
-    if (!all) return;
-    computing = {next_slot(all), 0, all};
-    loading = computing;
-#pragma unroll
-    for (int d = 0; d < HELD; d++) load(d);
-    for (Pair pair = loading; pair.slot; next(pair))  // the rest comes to the L2
-      if (lane < 16 && column < columns) prefetch(find(pair.slot, pair.group * 16 + lane));
+    remaining = __ballot_sync(~0u, mine > 0);
+    if (!remaining) return;
+    const u32 all = remaining;
+    next_slot();
+    for (u32 left = all; left;) {  // what is not held yet comes to the L2
+      const int own = __shfl_sync(~0u, mine, __ffs(left) - 1);
+      left &= ~__ballot_sync(~0u, mine == own);
+      const u16* from = adapters.a + static_cast<u64>(own - 1) * adapters.ranks * columns + column - (lane & 3) * 4;
+      for (int rank = own == slot ? lane + 16 * GROUPS : lane; rank < adapters.ranks; rank += 32)
+        if (column < columns) prefetch(from + static_cast<u64>(rank) * columns);
+    }
   }
 
-  // The first of this lane's columns, in a row of A.
-  __device__ __forceinline__ const u16* find(int slot, int rank) const {
-    return adapters.a + (static_cast<u64>(slot - 1) * adapters.ranks + rank) * columns + column;
-  }
-  __device__ __forceinline__ int next_slot(u32& remaining) const {
-    if (!remaining) return 0;
-    const int slot = __shfl_sync(~0u, mine, __ffs(remaining) - 1);
-    remaining &= ~__ballot_sync(~0u, mine == slot);
-    return slot;
-  }
-  __device__ __forceinline__ void next(Pair& pair) const {
-    if (++pair.group * 16 < adapters.ranks) return;
-    pair.group = 0;
-    pair.slot = next_slot(pair.remaining);
-  }
-  __device__ __forceinline__ void load(int d) {
-    if (!loading.slot) return;
+  __device__ __forceinline__ void load(int first) {
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const u16* from = find(loading.slot, loading.group * 16 + 8 * half + (lane >> 2)) + 16 * tile;
-        words[d][tile][half] = make_uint2(0, 0);
-        if (column + 16 * tile < columns) words[d][tile][half] = __ldg(reinterpret_cast<const uint2*>(from));
-      }
-    next(loading);
-  }
-  static __device__ __forceinline__ Sums& shared_sums() {
-    __shared__ Sums sums;
-    return sums;
-  }
-
-  // Of the next pairs, into shared memory. x: pairs of this lane's columns, by tiles.
-  __device__ __forceinline__ void multiply_some(const u32 (&x)[TILES][2], int round) {
-#pragma unroll
-    for (int i = 0; i < TOGETHER; i++) {
-      taken[i] = computing;
-      if (!computing.slot) continue;
-      float sums[4] = {};
-      const bool own = mine == computing.slot;  // what other rows have is not looked at: it may be infinite
-      const uint2(&a)[TILES][2] = words[round * TOGETHER + i];
+    for (int g = 0; g < GROUPS; g++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
-        multiply(sums, a[tile][0].x, a[tile][1].x, a[tile][0].y, a[tile][1].y, own ? x[tile][0] : 0, own ? x[tile][1] : 0);
-      float* at = shared_sums().of[i][threadIdx.x >> 5] + (lane & 3) * 2 * STRIDE + (lane >> 2);
-      at[0] = sums[0]; at[STRIDE] = sums[1]; at[8] = sums[2]; at[STRIDE + 8] = sums[3];
-      next(computing);
-    }
 #pragma unroll
-    for (int i = 0; i < TOGETHER; i++) load(round * TOGETHER + i);
+        for (int half = 0; half < 2; half++) {
+          const int rank = first + 16 * g + 8 * half + (lane >> 2);
+          words[g][tile][half] = make_uint2(0, 0);
+          if (rank < adapters.ranks && column + 16 * tile < columns) {
+            const u16* from = adapters.a + (static_cast<u64>(slot - 1) * adapters.ranks + rank) * columns;
+            words[g][tile][half] = __ldg(reinterpret_cast<const uint2*>(from + column + 16 * tile));
+          }
+        }
   }
-  // A lane has one rank of 16, of one row.
-  __device__ __forceinline__ void add_up() const {
-    const int row = threadIdx.x >> 4, rank = threadIdx.x & 15;
-    float* to = adapters.shrunk + static_cast<u64>(blockIdx.y * ROWS + row) * adapters.count * adapters.ranks + rank;
-#pragma unroll
-    for (int i = 0; i < TOGETHER; i++) {
-      if (!taken[i].slot || adding != taken[i].slot) continue;
-      float sum = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) sum += shared_sums().of[i][w][row * STRIDE + rank];
-      atomicAdd(to + (taken[i].slot - 1) * adapters.ranks + taken[i].group * 16, sum);
-    }
+  __device__ __forceinline__ void next_slot() {
+    slot = __shfl_sync(~0u, mine, __ffs(remaining) - 1);
+    remaining &= ~__ballot_sync(~0u, mine == slot);
+    load(0);
   }
-  // After those of round 0.
-  __device__ __forceinline__ void add_others(const u32 (&x)[TILES][2]) {
-    for (;;) {
+
+  // x: pairs of this lane's columns, by tiles. By all threads of a block.
+  __device__ __forceinline__ void add(const u32 (&x)[TILES][2]) {
+    __shared__ Sums shared_sums;
+    bool used = false;
+    for (int first = 0; slot;) {
+      float sums[GROUPS][4] = {};
 #pragma unroll
-      for (int round = 1; round <= ROUNDS; round++) {
-        if (!computing.slot) return;
-        __syncthreads();
-        multiply_some(x, round % ROUNDS);
-        __syncthreads();
-        add_up();
+      for (int tile = 0; tile < TILES; tile++) {
+        const bool own = mine == slot;  // what other rows have is not looked at: it may be infinite
+        const u32 low = own ? x[tile][0] : 0, high = own ? x[tile][1] : 0;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+          multiply(sums[g], words[g][tile][0].x, words[g][tile][1].x, words[g][tile][0].y, words[g][tile][1].y, low, high);
       }
+      const int taken = slot, rank = first + (threadIdx.x & 15), row = threadIdx.x >> 4;
+      first += 16 * GROUPS;  // what comes next is loaded while these are put together
+      if (first < adapters.ranks) {
+        load(first);
+      } else {
+        first = slot = 0;
+        if (remaining) next_slot();
+      }
+      if (used) __syncthreads();
+      used = true;
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        float* at = shared_sums.of[g][threadIdx.x >> 5] + (lane & 3) * 2 * STRIDE + (lane >> 2);
+        at[0] = sums[g][0]; at[STRIDE] = sums[g][1]; at[8] = sums[g][2]; at[STRIDE + 8] = sums[g][3];
+      }
+      __syncthreads();
+      if (adding == taken) {
+        float* to = adapters.shrunk + (static_cast<u64>(blockIdx.y * ROWS + row) * adapters.count + taken - 1) * adapters.ranks;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+          float sum = 0.f;
+#pragma unroll
+          for (int w = 0; w < WARPS; w++) sum += shared_sums.of[g][w][row * STRIDE + (threadIdx.x & 15)];
+          if (rank + 16 * g < adapters.ranks) atomicAdd(to + rank + 16 * g, sum);
+        }
+      }
+      __syncwarp();
     }
   }
+  struct Sums { float of[GROUPS][WARPS][ROWS * STRIDE]; };
 };
 
 struct Residual {
@@ -136,8 +123,9 @@ struct Residual {
   float* squares;     // [M], of h, added to
   int rows, width, padded;
 
-  __device__ __forceinline__ uint2 find_factors(int column) const {  // of four columns
-    return weight && column < width ? __ldg(reinterpret_cast<const uint2*>(weight + column)) : make_uint2(0, 0);
+  // Of four columns. Not __ldg: the compiler would move it behind the wait.
+  __device__ __forceinline__ uint2 find_factors(int column) const {
+    return weight && column < width ? __ldcg(reinterpret_cast<const uint2*>(weight + column)) : make_uint2(0, 0);
   }
   // Two columns of a row and the x of them; returns the squares' sum.
   __device__ __forceinline__ float leave(u32 pair, u32 factors, int row, int column, u32& product) const {
@@ -171,7 +159,6 @@ __device__ __forceinline__ void leave(const Residual& residual, const Place<TILE
   square += __shfl_xor_sync(~0u, square, 2);
   __shared__ Squares squares;
   if ((at.lane & 3) == 0) squares.of[threadIdx.x >> 5][at.lane >> 2] = square;
-  shrink.multiply_some(x, 0);
   __syncthreads();
   const int row = blockIdx.y * ROWS + threadIdx.x;
   if (threadIdx.x < ROWS && row < residual.rows) {
@@ -180,8 +167,7 @@ __device__ __forceinline__ void leave(const Residual& residual, const Place<TILE
     for (int warp = 0; warp < WARPS; warp++) sum += squares.of[warp][threadIdx.x];
     atomicAdd(residual.squares + row, sum);
   }
-  shrink.add_up();
-  shrink.add_others(x);
+  shrink.add(x);
 }
 
 template <int TILES>
@@ -270,11 +256,7 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
     for (int i = 0; i < 2; i++)
       *reinterpret_cast<u32*>(x + tiled_at(at.row, column + 2 * i, padded)) = products[tile][i];
   }
-  if (!adapters.a) return;
-  shrink.multiply_some(products, 0);
-  __syncthreads();
-  shrink.add_up();
-  shrink.add_others(products);
+  shrink.add(products);
 }
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
