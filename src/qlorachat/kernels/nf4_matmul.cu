@@ -2,7 +2,7 @@
 // on (mma.sync).
 //
 // Weights are the wide operand (A) of mma.m16n8k16, rows of x the narrow one (B): 1 to 8 rows cost the
-// same. A warp has 16 rows of the weight and loads their bytes to its registers, DEPTH units ahead; x,
+// same. A warp has 16 rows of the weight and loads their bytes to its registers, a unit ahead; x,
 // tiled, comes to shared memory for all of a block. Further warps add the adapters' share. Blocks share
 // the work as one long list of units, HEIGHT rows by 256 k each, in equal runs (stream-K); where a run
 // leaves a row block, its float32 sums are added in global memory.
@@ -12,7 +12,6 @@
 constexpr int WARPS = 8, HEIGHT = WARPS * 16;  // of the product
 constexpr int HELPERS = 4;                     // warps for the adapters
 constexpr int THREADS = (WARPS + HELPERS) * 32;
-constexpr int DEPTH = 2;                       // units on their way to a warp
 
 // A unit's x comes in PARTS, each a stage of a ring.
 template <int P> struct Layout {
@@ -22,9 +21,9 @@ template <int P> struct Layout {
 };
 
 // Leaves what is there unless `wanted`, without a branch: after one, the compiler would move what was
-// loaded to other registers, and wait for it there.
+// loaded to other registers, and wait for it there. Not .nc: such a load is moved behind a barrier.
 __device__ __forceinline__ void load_if(bool wanted, uint2& into, const u8* at) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2]; }"
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2]; }"
                : "+r"(into.x), "+r"(into.y) : "l"(at), "r"(static_cast<u32>(wanted)));
 }
 
@@ -35,9 +34,10 @@ template <bool ALIGNED> struct Unit {
   u32 absmax[2];
   Scales<ALIGNED> scales;
 
-  __device__ __forceinline__ void load(const Matrix& m, int group, int item, bool wanted) {
+  // zero: none of this is asked for before it is known.
+  __device__ __forceinline__ void load(const Matrix& m, int group, int item, bool wanted, u32 zero) {
     const int lane = threadIdx.x & 31, row = group * 16 + (lane >> 2);
-    const u8* at = m.packed + static_cast<u64>(row) * (m.columns >> 1) + item * CHUNK * 32 + (lane & 3) * 8;
+    const u8* at = m.packed + static_cast<u64>(row) * (m.columns >> 1) + item * CHUNK * 32 + (lane & 3) * 8 + zero;
 #pragma unroll
     for (int j = 0; j < CHUNK; j++) {
       const bool inside = ALIGNED || item * CHUNK + j < m.columns >> 6;
@@ -47,8 +47,15 @@ template <bool ALIGNED> struct Unit {
     }
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      absmax[half] = __ldg(reinterpret_cast<const u32*>(find_absmax(m, row + half * 8, item)));
-    scales.load(m, find_part(m, group * 16), row, item);  // parts are whole groups
+      absmax[half] = __ldg(reinterpret_cast<const u32*>(find_absmax(m, row + half * 8, item) + zero));
+    scales.load(m, find_part(m, group * 16), row + zero, item);  // parts are whole groups
+  }
+  // Known when all of it is there; `zero` is one that the compiler does not know.
+  __device__ __forceinline__ u32 arrive(u32 zero) const {
+    u32 all = __float_as_uint(scales.groups[0][0]) ^ __float_as_uint(scales.groups[1][0]) ^ absmax[0] ^ absmax[1];
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) all ^= words[j][0].y ^ words[j][1].y;
+    return all & zero;
   }
 };
 
@@ -79,14 +86,13 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
 
   const TableEntries<WARPS * 32> entries(pairs, code2);
   Walk computing(items, begin), loading(items, begin);
-  Unit<ALIGNED> ahead[DEPTH];
+  Unit<ALIGNED> held[2];  // the one that is computed, and the next
   int loaded = 0, computed = 0;
-  auto load_next = [&](Unit<ALIGNED>& unit) {
-    unit.load(m, min(loading.row_block * WARPS + warp, last_group), loading.item, loaded++ < steps);
+  auto load_next = [&](Unit<ALIGNED>& unit, u32 zero) {
+    unit.load(m, min(loading.row_block * WARPS + warp, last_group), loading.item, loaded++ < steps, zero);
     loading.next(items);
   };
-#pragma unroll
-  for (int d = 0; d < DEPTH; d++) load_next(ahead[d]);
+  load_next(held[0], 0);
   entries.fill();
   wait_for_previous();
 
@@ -152,12 +158,15 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
 #pragma unroll
       for (int e = 0; e < 4; e++) total[c][e] = 0.f;
   };
-  for (int step = 0; step < steps; step += DEPTH) {
+  // A warp can't wait for some of its loads, only for all. So those of a unit are asked for when the ones
+  // before are there, and come while these are computed.
+  const u32 zero = static_cast<u32>(x_rows) >> 31;
+  for (int step = 0; step < steps; step += 2) {
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++)
+    for (int d = 0; d < 2; d++)
       if (step + d < steps) {
-        compute(ahead[d]);
-        load_next(ahead[d]);
+        load_next(held[1 - d], held[d].arrive(zero));
+        compute(held[d]);
       }
   }
 }

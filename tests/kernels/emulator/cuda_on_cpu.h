@@ -673,7 +673,7 @@ inline void cvt_rn_bf16x2_f32(uint32_t& to, float high, float low) {
 }
 inline void cvt_rn_bf16_f32(uint16_t& to, float value) { to = round_bf16(value); }
 
-inline void ld_global_nc_L1_no_allocate_L2_128B_v2_u32(const std::array<uint32_t*, 2>& to, const void* at) {
+inline void ld_global_L1_no_allocate_L2_128B_v2_u32(const std::array<uint32_t*, 2>& to, const void* at) {
   const uint8_t* from = global(at, 8, "a load");
   for (int i = 0; i < 2; i++) memcpy(to[i], from + 4 * i, 4);
 }
