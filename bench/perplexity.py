@@ -5,7 +5,7 @@
 The text is Python's own documentation, 20,480 tokens of it in 64 passages. What is exact is
 computed in float32 on the weights as NF4 has them. transformers reads each passage at once on
 bitsandbytes' kernels; PagedLlama takes one token of every passage of a batch at a time. Writes
-bench/results/perplexity.json (or perplexity_int8.json, with keys and values in 8 bits), and ends
+bench/results/perplexity.json, named further on a card and with keys and values in 8 bits, and ends
 with status 1 if PagedLlama is more than 0.1 % off without these.
 """
 
@@ -61,8 +61,9 @@ def main() -> int:
         "transformers is off by, %": round(100 * math.expm1(theirs - exact), 4),
         "PagedLlama is off by, %": {name: round(100 * value, 4) for name, value in off.items()},
     }
-    name = "perplexity.json" if arguments.kv_cache == "auto" else "perplexity_int8.json"
-    (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    name = "perplexity" + ("_cuda" if ids.is_cuda else "")
+    name += "_int8" if arguments.kv_cache == "int8" else ""
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
     return 1 if arguments.kv_cache == "auto" and max(map(abs, off.values())) > ALLOWED else 0
 
