@@ -2,7 +2,7 @@
 // on (mma.sync).
 //
 // Weights are the wide operand (A) of mma.m16n8k16, rows of x the narrow one (B): 1 to 8 rows cost the
-// same. A warp has 16 rows of the weight and loads their bytes to its registers, a unit ahead; x,
+// same. A warp has 16 rows of the weight and loads their bytes to its registers, one or two units ahead; x,
 // tiled, comes to shared memory for all of a block. Further warps add the adapters' share. Blocks share
 // the work as one long list of units, HEIGHT rows by 256 k each, in equal runs (stream-K); where a run
 // leaves a row block, its float32 sums are added in global memory.
@@ -18,6 +18,7 @@ template <int P> struct Layout {
   static constexpr int PARTS = P == 64 ? 2 : 1, STAGES = P > 16 ? 2 : 3;
   static constexpr int BLOCKS = CHUNK / PARTS, BYTES = BLOCKS * P * 128, PIECES = BYTES / (WARPS * 32 * 16);
   static_assert(PIECES * WARPS * 32 * 16 == BYTES, "each thread copies as much");
+  static constexpr int TOGETHER = P > 16 ? 1 : 2;  // units that a warp asks for at once
 };
 
 // Leaves what is there unless `wanted`, without a branch: after one, the compiler would move what was
@@ -86,11 +87,14 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
 
   const TableEntries<WARPS * 32> entries(pairs, code2);
   Walk computing(items, begin), loading(items, begin);
-  Unit<ALIGNED> held[2];  // the one that is computed, and the next
+  Unit<ALIGNED> held[2][L::TOGETHER];  // those that are computed, and the next
   int loaded = 0, computed = 0;
-  auto load_next = [&](Unit<ALIGNED>& unit, u32 zero) {
-    unit.load(m, min(loading.row_block * WARPS + warp, last_group), loading.item, loaded++ < steps, zero);
-    loading.next(items);
+  auto load_next = [&](Unit<ALIGNED> (&units)[L::TOGETHER], u32 zero) {
+#pragma unroll
+    for (Unit<ALIGNED>& unit : units) {
+      unit.load(m, min(loading.row_block * WARPS + warp, last_group), loading.item, loaded++ < steps, zero);
+      loading.next(items);
+    }
   };
   load_next(held[0], 0);
   entries.fill();
@@ -158,16 +162,21 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
 #pragma unroll
       for (int e = 0; e < 4; e++) total[c][e] = 0.f;
   };
-  // A warp can't wait for some of its loads, only for all. So those of a unit are asked for when the ones
-  // before are there, and come while these are computed.
+  // A warp can't wait for some of its loads, only for all. So some units are asked for when those before are
+  // there, and come while these are computed.
   const u32 zero = static_cast<u32>(x_rows) >> 31;
-  for (int step = 0; step < steps; step += 2) {
+  for (int step = 0; step < steps;) {
 #pragma unroll
-    for (int d = 0; d < 2; d++)
-      if (step + d < steps) {
-        load_next(held[1 - d], held[d].arrive(zero));
-        compute(held[d]);
-      }
+    for (int d = 0; d < 2; d++) {
+      if (step >= steps) break;
+      u32 none = zero;
+#pragma unroll
+      for (const Unit<ALIGNED>& unit : held[d]) none = unit.arrive(none);
+      load_next(held[1 - d], none);
+#pragma unroll
+      for (const Unit<ALIGNED>& unit : held[d])
+        if (step++ < steps) compute(unit);
+    }
   }
 }
 
