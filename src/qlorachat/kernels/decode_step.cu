@@ -6,17 +6,39 @@
 
 constexpr int WARPS = 4, ROWS = 8;
 
+// An address is computed before the wait, not where it is used: the compiler would move it there.
+template <class T> __device__ __forceinline__ T* hold(T* at) {
+  asm volatile("" : "+l"(at));
+  return at;
+}
+
 template <int TILES> struct Place {
   int lane, row, column;
   __device__ __forceinline__ Place()
       : lane(threadIdx.x & 31), row(blockIdx.y * ROWS + (lane >> 2)),
         column((blockIdx.x * WARPS + (threadIdx.x >> 5)) * TILES * 16 + (lane & 3) * 4) {}
+  // Four neighbours of a row, 16 further for the next tile.
+  template <class Four, class T> __device__ __forceinline__ Four* find(T* rows, int width) const {
+    return hold(reinterpret_cast<Four*>(rows + static_cast<u64>(row) * width + column));
+  }
 };
 
-// Four neighbours of a row of sums. Cleared for the next product.
-__device__ __forceinline__ float4* find(float* sums, int outputs, int row, int column) {
-  return reinterpret_cast<float4*>(sums + static_cast<u64>(row) * outputs + column);
-}
+// Where a lane's columns are in a tiled x: two and, 16 bytes away, two.
+template <int TILES> struct Tiled {
+  u32 *first[TILES], *second[TILES];
+  __device__ __forceinline__ Tiled(u16* x, const Place<TILES>& at, int padded) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      const int index = tiled_at(at.row, at.column + 16 * tile, padded);
+      first[tile] = hold(reinterpret_cast<u32*>(x + index));
+      second[tile] = hold(reinterpret_cast<u32*>(x + (index ^ 8)));
+    }
+  }
+  __device__ __forceinline__ void store(int tile, const u32 (&pairs)[2]) const {
+    *first[tile] = pairs[0];
+    *second[tile] = pairs[1];
+  }
+};
 
 // A x of a block's rows and columns, for the product that follows: x is operand B of mma, 16 ranks of
 // A operand A. A slot is taken once for all rows that have it; warps add up in shared memory.
@@ -24,22 +46,28 @@ template <int TILES> struct Shrink {
   static constexpr int GROUPS = 3, STRIDE = 20;  // of 16 ranks, at a time; of a row's 16 sums: no two lanes share a bank
   const Adapters& adapters;
   const int lane, column, columns;
-  int mine, adding, slot;           // slots: of this lane's row, of the row that it adds up, of `words`
-  u32 remaining;                    // lanes whose slots are yet to be taken
-  uint2 words[GROUPS][TILES][2];    // of the ranks that are next
+  int mine, adding, slot, taken;  // slots: of this lane's row, of the row that it adds up, of `words`, of the sums
+  int first, rank;                // ranks: the first of `words`, this thread's first of the sums
+  float *of_warp, *of_rank, *to;  // in shared memory a warp's sums and those of a rank; where these are added
+  u32 remaining;                  // lanes whose slots are yet to be taken
+  uint2 words[GROUPS][TILES][2];  // of the ranks that are next
 
   // No kernel writes A within a step: this may be before the wait.
   __device__ __forceinline__ Shrink(const Adapters& adapters, const Place<TILES>& at, int rows, int columns)
-      : adapters(adapters), lane(at.lane), column(at.column), columns(columns), mine(0), adding(0), slot(0) {
+      : adapters(adapters), lane(at.lane), column(at.column), columns(columns), mine(0), adding(0), slot(0), first(0) {
+    __shared__ Sums sums;
+    of_warp = sums.of[0][threadIdx.x >> 5] + (lane & 3) * 2 * STRIDE + (lane >> 2);
+    of_rank = sums.of[0][0] + (threadIdx.x >> 4) * STRIDE + (threadIdx.x & 15);
     if (adapters.a) {
       const int other = blockIdx.y * ROWS + (threadIdx.x >> 4);
       if (at.row < rows) mine = __ldg(adapters.slots + at.row);
       if (other < rows) adding = __ldg(adapters.slots + other);
     }
     remaining = __ballot_sync(~0u, mine > 0);
-    if (!remaining) return;
     const u32 all = remaining;
-    next_slot();
+    take_slot();
+    if (!slot) return;
+    load();
     for (u32 left = all; left;) {  // what is not held yet comes to the L2
       const int own = __shfl_sync(~0u, mine, __ffs(left) - 1);
       left &= ~__ballot_sync(~0u, mine == own);
@@ -49,7 +77,7 @@ template <int TILES> struct Shrink {
     }
   }
 
-  __device__ __forceinline__ void load(int first) {
+  __device__ __forceinline__ void load() {
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
 #pragma unroll
@@ -64,54 +92,60 @@ template <int TILES> struct Shrink {
           }
         }
   }
-  __device__ __forceinline__ void next_slot() {
+  __device__ __forceinline__ void take_slot() {
+    first = slot = 0;
+    if (!remaining) return;
     slot = __shfl_sync(~0u, mine, __ffs(remaining) - 1);
     remaining &= ~__ballot_sync(~0u, mine == slot);
-    load(0);
   }
 
-  // x: pairs of this lane's columns, by tiles. By all threads of a block.
-  __device__ __forceinline__ void add(const u32 (&x)[TILES][2]) {
-    __shared__ Sums shared_sums;
-    bool used = false;
-    for (int first = 0; slot;) {
-      float sums[GROUPS][4] = {};
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        const bool own = mine == slot;  // what other rows have is not looked at: it may be infinite
-        const u32 low = own ? x[tile][0] : 0, high = own ? x[tile][1] : 0;
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-          multiply(sums[g], words[g][tile][0].x, words[g][tile][1].x, words[g][tile][0].y, words[g][tile][1].y, low, high);
-      }
-      const int taken = slot, rank = first + (threadIdx.x & 15), row = threadIdx.x >> 4;
-      first += 16 * GROUPS;  // what comes next is loaded while these are put together
-      if (first < adapters.ranks) {
-        load(first);
-      } else {
-        first = slot = 0;
-        if (remaining) next_slot();
-      }
-      if (used) __syncthreads();
-      used = true;
-#pragma unroll
-      for (int g = 0; g < GROUPS; g++) {
-        float* at = shared_sums.of[g][threadIdx.x >> 5] + (lane & 3) * 2 * STRIDE + (lane >> 2);
-        at[0] = sums[g][0]; at[STRIDE] = sums[g][1]; at[8] = sums[g][2]; at[STRIDE + 8] = sums[g][3];
-      }
+  // x: pairs of this lane's columns, by tiles. By all threads of a block; calls `once` behind a barrier.
+  template <class Once> __device__ __forceinline__ void add(const u32 (&x)[TILES][2], Once once) {
+#pragma unroll 1
+    for (bool begun = false;; begun = true) {
+      multiply_next(x);
       __syncthreads();
-      if (adding == taken) {
-        float* to = adapters.shrunk + (static_cast<u64>(blockIdx.y * ROWS + row) * adapters.count + taken - 1) * adapters.ranks;
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-          float sum = 0.f;
-#pragma unroll
-          for (int w = 0; w < WARPS; w++) sum += shared_sums.of[g][w][row * STRIDE + (threadIdx.x & 15)];
-          if (rank + 16 * g < adapters.ranks) atomicAdd(to + rank + 16 * g, sum);
-        }
-      }
-      __syncwarp();
+      if (!begun) once();
+      add_up();
+      if (!slot) return;
+      __syncthreads();
     }
+  }
+  // Into shared memory. What comes after it is loaded meanwhile.
+  __device__ __forceinline__ void multiply_next(const u32 (&x)[TILES][2]) {
+    taken = slot;
+    if (!slot) return;
+    float products[GROUPS][4] = {};
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      const bool own = mine == slot;  // what other rows have is not looked at: it may be infinite
+      const u32 low = own ? x[tile][0] : 0, high = own ? x[tile][1] : 0;
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++)
+        multiply(products[g], words[g][tile][0].x, words[g][tile][1].x, words[g][tile][0].y, words[g][tile][1].y, low, high);
+    }
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+      float* at = of_warp + g * WARPS * ROWS * STRIDE;
+      at[0] = products[g][0]; at[STRIDE] = products[g][1]; at[8] = products[g][2]; at[STRIDE + 8] = products[g][3];
+    }
+    rank = first + (threadIdx.x & 15);
+    to = adapters.shrunk + (static_cast<u64>(blockIdx.y * ROWS + (threadIdx.x >> 4)) * adapters.count + slot - 1) * adapters.ranks + rank;
+    first += 16 * GROUPS;
+    if (first >= adapters.ranks) take_slot();
+    if (slot) load();
+  }
+  // A thread has one rank of 16, of one row.
+  __device__ __forceinline__ void add_up() const {
+    if (!taken || adding != taken) return;
+    float sums[GROUPS] = {};
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) sums[g] += of_rank[(g * WARPS + w) * ROWS * STRIDE];
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+      if (rank + 16 * g < adapters.ranks) atomicAdd(to + 16 * g, sums[g]);
   }
   struct Sums { float of[GROUPS][WARPS][ROWS * STRIDE]; };
 };
@@ -127,14 +161,10 @@ struct Residual {
   __device__ __forceinline__ uint2 find_factors(int column) const {
     return weight && column < width ? __ldcg(reinterpret_cast<const uint2*>(weight + column)) : make_uint2(0, 0);
   }
-  // Two columns of a row and the x of them; returns the squares' sum.
-  __device__ __forceinline__ float leave(u32 pair, u32 factors, int row, int column, u32& product) const {
+  // The x of two columns of a row; returns the squares' sum.
+  __device__ __forceinline__ float multiply(u32 pair, u32 factors, u32& product) const {
     product = round_pair(low_half(pair) * low_half(factors), high_half(pair) * high_half(factors));
-    if (weight) *reinterpret_cast<u32*>(x + tiled_at(row, column, padded)) = product;
     return low_half(pair) * low_half(pair) + high_half(pair) * high_half(pair);
-  }
-  __device__ __forceinline__ uint2* find(int row, int column) const {
-    return reinterpret_cast<uint2*>(h + static_cast<u64>(row) * width + column);
   }
 };
 
@@ -142,32 +172,35 @@ struct Squares { float of[WARPS][ROWS]; };  // of a block's columns, by warps
 
 // h of a lane's columns, as it is to be, and all that follows from it.
 template <int TILES>
-__device__ __forceinline__ void leave(const Residual& residual, const Place<TILES>& at, const uint2 (&h)[TILES],
-                                      const uint2 (&factors)[TILES], Shrink<TILES>& shrink) {
+__device__ __forceinline__ void leave(const Residual& residual, const Place<TILES>& at, uint2* own, const Tiled<TILES>& tiled,
+                                      const uint2 (&h)[TILES], const uint2 (&factors)[TILES], Shrink<TILES>& shrink) {
   u32 x[TILES][2] = {};
   float square = 0.f;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
+    square += residual.multiply(h[tile].x, factors[tile].x, x[tile][0]);
+    square += residual.multiply(h[tile].y, factors[tile].y, x[tile][1]);
+  }
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
     const int column = at.column + 16 * tile;
     if (at.row >= residual.rows || column >= residual.width) continue;
-    *residual.find(at.row, column) = h[tile];
-    square += residual.leave(h[tile].x, factors[tile].x, at.row, column, x[tile][0]);
-    square += residual.leave(h[tile].y, factors[tile].y, at.row, column + 2, x[tile][1]);
+    if (residual.weight) tiled.store(tile, x[tile]);
+    own[4 * tile] = h[tile];
   }
   if (!residual.weight) return;
   square += __shfl_xor_sync(~0u, square, 1);
   square += __shfl_xor_sync(~0u, square, 2);
   __shared__ Squares squares;
   if ((at.lane & 3) == 0) squares.of[threadIdx.x >> 5][at.lane >> 2] = square;
-  __syncthreads();
-  const int row = blockIdx.y * ROWS + threadIdx.x;
-  if (threadIdx.x < ROWS && row < residual.rows) {
+  shrink.add(x, [&] {  // by the last warp: the first ones have the first rows' A x
+    const int inner = static_cast<int>(threadIdx.x) - (WARPS * 32 - ROWS), row = blockIdx.y * ROWS + inner;
+    if (inner < 0 || row >= residual.rows) return;
     float sum = 0.f;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) sum += squares.of[warp][threadIdx.x];
+    for (int warp = 0; warp < WARPS; warp++) sum += squares.of[warp][inner];
     atomicAdd(residual.squares + row, sum);
-  }
-  shrink.add(x);
+  });
 }
 
 template <int TILES>
@@ -176,6 +209,8 @@ __device__ __forceinline__ void begin_residual(const long long* ids, const u16* 
   let_next_start();
   const Place<TILES> at;
   Shrink<TILES> shrink(adapters, at, residual.rows, residual.width);
+  const Tiled<TILES> tiled(residual.x, at, residual.padded);
+  uint2* own = at.template find<uint2>(residual.h, residual.width);
   wait_for_previous();
   uint2 h[TILES] = {}, factors[TILES];
 #pragma unroll
@@ -185,7 +220,7 @@ __device__ __forceinline__ void begin_residual(const long long* ids, const u16* 
     if (at.row < residual.rows && column < residual.width)
       h[tile] = __ldg(reinterpret_cast<const uint2*>(embedding + ids[at.row] * residual.width + column));
   }
-  leave(residual, at, h, factors, shrink);
+  leave(residual, at, own, tiled, h, factors, shrink);
 }
 
 template <int TILES>
@@ -193,6 +228,9 @@ __device__ __forceinline__ void add_to_residual(float* sums, const Residual& res
   let_next_start();
   const Place<TILES> at;
   Shrink<TILES> shrink(adapters, at, residual.rows, residual.width);
+  const Tiled<TILES> tiled(residual.x, at, residual.padded);
+  uint2* own = at.template find<uint2>(residual.h, residual.width);
+  float4* own_sums = at.template find<float4>(sums, residual.width);
   uint2 factors[TILES], h[TILES] = {};
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) factors[tile] = residual.find_factors(at.column + 16 * tile);
@@ -202,21 +240,21 @@ __device__ __forceinline__ void add_to_residual(float* sums, const Residual& res
   for (int tile = 0; tile < TILES; tile++) {
     const int column = at.column + 16 * tile;
     if (at.row >= residual.rows || column >= residual.width) continue;
-    added[tile] = __ldcg(find(sums, residual.width, at.row, column));
-    h[tile] = __ldcg(residual.find(at.row, column));
+    added[tile] = __ldcg(own_sums + 4 * tile);
+    h[tile] = __ldcg(own + 4 * tile);
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     const int column = at.column + 16 * tile;
     if (at.row >= residual.rows || column >= residual.width) continue;
-    *find(sums, residual.width, at.row, column) = make_float4(0.f, 0.f, 0.f, 0.f);
+    own_sums[4 * tile] = make_float4(0.f, 0.f, 0.f, 0.f);
     auto sum = [](u32 old, float low, float high) {
       const u32 added = round_pair(low, high);
       return round_pair(low_half(old) + low_half(added), high_half(old) + high_half(added));
     };
     h[tile] = make_uint2(sum(h[tile].x, added[tile].x, added[tile].y), sum(h[tile].y, added[tile].z, added[tile].w));
   }
-  leave(residual, at, h, factors, shrink);
+  leave(residual, at, own, tiled, h, factors, shrink);
 }
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
@@ -228,6 +266,9 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
   let_next_start();
   const Place<TILES> at;
   Shrink<TILES> shrink(adapters, at, rows, width);
+  const Tiled<TILES> tiled(x, at, padded);
+  float4 *gates_at = at.template find<float4>(sums, 2 * width), *ups_at = at.template find<float4>(sums + width, 2 * width);
+  const float* square = hold(squares + at.row);
   wait_for_previous();
   float4 gates[TILES], ups[TILES];
   u32 products[TILES][2] = {};
@@ -235,15 +276,15 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
   for (int tile = 0; tile < TILES; tile++) {
     const int column = at.column + 16 * tile;
     if (at.row >= rows || column >= width) continue;
-    gates[tile] = __ldcg(find(sums, 2 * width, at.row, column));
-    ups[tile] = __ldcg(find(sums, 2 * width, at.row, width + column));
+    gates[tile] = __ldcg(gates_at + 4 * tile);
+    ups[tile] = __ldcg(ups_at + 4 * tile);
   }
-  const float factor = at.row < rows ? inverse_rms(squares, at.row, share, eps) : 0.f;
+  const float factor = at.row < rows ? inverse_rms(square, 0, share, eps) : 0.f;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     const int column = at.column + 16 * tile;
     if (at.row >= rows || column >= width) continue;
-    *find(sums, 2 * width, at.row, column) = *find(sums, 2 * width, at.row, width + column) = make_float4(0.f, 0.f, 0.f, 0.f);
+    gates_at[4 * tile] = ups_at[4 * tile] = make_float4(0.f, 0.f, 0.f, 0.f);
     auto product = [&](float gate0, float gate1, float up0, float up1) {
       const u32 gate = round_pair(gate0 * factor, gate1 * factor), up = round_pair(up0 * factor, up1 * factor);
       const u32 active = round_pair(silu(low_half(gate)), silu(high_half(gate)));
@@ -252,11 +293,9 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
     const float4 &gate = gates[tile], &up = ups[tile];
     products[tile][0] = product(gate.x, gate.y, up.x, up.y);
     products[tile][1] = product(gate.z, gate.w, up.z, up.w);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      *reinterpret_cast<u32*>(x + tiled_at(at.row, column + 2 * i, padded)) = products[tile][i];
+    tiled.store(tile, products[tile]);
   }
-  shrink.add(products);
+  if (adapters.a) shrink.add(products, [] {});
 }
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
