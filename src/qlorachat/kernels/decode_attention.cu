@@ -77,6 +77,24 @@ __device__ __forceinline__ float sum_of_position(float value) {
 
 struct Sum { float mixed, total; };  // of a column, to the same peak
 
+// Of one column, what each block has.
+struct Shares {
+  float mixed[MOST_SPLITS], totals[MOST_SPLITS], peaks[MOST_SPLITS];
+  __device__ __forceinline__ Sum add_up() const {
+    float peak = NOTHING;
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS; s++) peak = fmaxf(peak, peaks[s]);
+    Sum sum = {0.f, 0.f};
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS; s++) {
+      const float fading = exp2f(peaks[s] - peak);
+      sum.total += totals[s] * fading;
+      sum.mixed += mixed[s] * fading;
+    }
+    return sum;
+  }
+};
+
 // Sums of one context's blocks, from those that each block has.
 #if CLUSTERS
 
@@ -124,15 +142,14 @@ struct Splits {
   // Of one of this block's columns.
   __device__ __forceinline__ Sum put_together(int column) const {
     const int splits = gridDim.x, g = column / HEAD_DIM;
-    float peak = NOTHING;
-    for (int s = 0; s < splits; s++) peak = fmaxf(peak, peaks[s][g]);
-    Sum sum = {0.f, 0.f};
-    for (int s = 0; s < splits; s++) {
-      const float fading = exp2f(peaks[s][g] - peak);
-      sum.total += totals[s][g] * fading;
-      sum.mixed += mixed[s * part() + column - first()] * fading;
+    Shares shares;
+#pragma unroll
+    for (int s = 0; s < MOST_SPLITS; s++) {  // all loads before any is used
+      shares.mixed[s] = s < splits ? mixed[s * part() + column - first()] : 0.f;
+      shares.totals[s] = s < splits ? totals[s][g] : 0.f;
+      shares.peaks[s] = s < splits ? peaks[s][g] : NOTHING;
     }
-    return sum;
+    return shares.add_up();
   }
 };
 
@@ -174,24 +191,15 @@ struct Splits {
   }
   __device__ __forceinline__ Sum put_together(int column) const {
     const int splits = gridDim.x, g = column / HEAD_DIM;
-    float mixed[MOST_SPLITS], peaks[MOST_SPLITS], totals[MOST_SPLITS], peak = NOTHING;
+    Shares shares;
 #pragma unroll
     for (int s = 0; s < MOST_SPLITS; s++) {  // all loads before any is used
       const float* left = sums + s * LEFT;
-      mixed[s] = s < splits ? __ldcg(left + column) : 0.f;
-      peaks[s] = s < splits ? __ldcg(left + WIDTH + g) : NOTHING;
-      totals[s] = s < splits ? __ldcg(left + WIDTH + GROUP + g) : 0.f;
+      shares.mixed[s] = s < splits ? __ldcg(left + column) : 0.f;
+      shares.totals[s] = s < splits ? __ldcg(left + WIDTH + GROUP + g) : 0.f;
+      shares.peaks[s] = s < splits ? __ldcg(left + WIDTH + g) : NOTHING;
     }
-#pragma unroll
-    for (int s = 0; s < MOST_SPLITS; s++) peak = fmaxf(peak, peaks[s]);
-    Sum sum = {0.f, 0.f};
-#pragma unroll
-    for (int s = 0; s < MOST_SPLITS; s++) {
-      const float fading = exp2f(peaks[s] - peak);
-      sum.total += totals[s] * fading;
-      sum.mixed += mixed[s] * fading;
-    }
-    return sum;
+    return shares.add_up();
   }
 };
 
@@ -248,7 +256,8 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
                                        float scale, int padded, float* split_sums, int* arrived) {
   constexpr int COLUMNS = WIDTH + 2 * HEAD_DIM, ITEMS = (COLUMNS + THREADS - 1) / THREADS;
   const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  // The compiler is told how many threads there are: then it knows whose column is a query's.
+  const int tid = threadIdx.x % THREADS, lane = tid & 31, warp = tid >> 5;
   __shared__ Scratch scratch;
   u8* ring = shared + warp * STAGES * STAGE_BYTES;
   let_next_start();
@@ -325,8 +334,8 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;
     if (column >= min(wanted, WIDTH + HEAD_DIM)) break;
-    cosines[i] = __ldg(cos + position * HEAD_DIM + column % HEAD_DIM);
-    sines[i] = __ldg(sin + position * HEAD_DIM + column % HEAD_DIM);
+    cosines[i] = __ldcg(cos + position * HEAD_DIM + column % HEAD_DIM);  // __ldg would be moved behind the wait
+    sines[i] = __ldcg(sin + position * HEAD_DIM + column % HEAD_DIM);
   }
   wait_for_previous();
   float* own = sums + static_cast<u64>(row) * kv_heads * (WIDTH + 2 * HEAD_DIM);
