@@ -100,6 +100,15 @@ def test_flush_shows_what_only_looked_like_a_stop_string() -> None:
     assert not text.stopped
 
 
+def test_what_follows_a_stop_string_in_its_token_is_not_shown(smollm2: Tokenizer) -> None:
+    first, *_ = smollm2.encode(" ¿")[0]
+    assert smollm2.decode([first]) == f" {BROKEN}"  # and the first byte of a character
+    text = TextStream(smollm2, [" "])
+    assert text.push(first) == ""
+    assert text.stopped
+    assert text.flush() == ""
+
+
 def test_an_unfinished_character_is_held_back_until_the_end() -> None:
     text = TextStream(ByteTokenizer())
     assert [text.push(byte) for byte in "誠".encode()[:2]] == ["", ""]

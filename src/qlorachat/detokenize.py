@@ -44,7 +44,9 @@ class TextStream:
 
     def flush(self) -> str:
         """The end of the text: an unfinished character, and what only looked like a stop string."""
-        shown = self._release(self._text[_whole(self._text) :]) + self._held
+        shown = ""
+        if not self.stopped:
+            shown = self._release(self._text[_whole(self._text) :]) + self._held
         self._window, self._text, self._held = [], "", ""
         return shown
 
