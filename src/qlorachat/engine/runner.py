@@ -139,7 +139,7 @@ class Runner:
         """The hidden state of every position."""
         ids = [token for row in rows for token in row.tokens or ()]
         chunks = self._chunks(rows)
-        # listed on the device: in Python, the places of a long prompt take a millisecond
+        # listed on the device: Python takes a third of a millisecond and more for a long prompt
         places = [
             _cache_slots(chunk.blocks, self._cache.block_size)[row.start : row.end]
             for row, chunk in zip(rows, chunks, strict=True)

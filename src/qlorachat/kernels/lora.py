@@ -197,9 +197,7 @@ def _expand_kernel(
 ) -> None:
     wait_for_previous(early)
     part = tl.program_id(1)
-    start = tl.where(part == 0, 0, tl.where(part == 1, first_stop, second_stop))
-    stop = tl.where(part == 0, first_stop, tl.where(part == 1, second_stop, third_stop))
-    column = start + tl.program_id(0) * output_block + tl.arange(0, output_block)
+    column, stop = find_columns(part, first_stop, second_stop, third_stop, output_block)
     row = tl.program_id(2) * row_block + tl.arange(0, row_block)
     depth = tl.arange(0, rank_block)
     mine = tl.load(slots + row, mask=row < rows, other=0)
@@ -227,6 +225,20 @@ def _expand_kernel(
     old = tl.load(y + at, mask=touched, other=0.0)
     new = old.to(tl.float32) + scale[:, None] * total
     tl.store(y + at, new.to(old.dtype), mask=touched)
+
+
+@jit
+def find_columns(
+    part: tl.tensor,
+    first_stop: int,
+    second_stop: int,
+    third_stop: int,
+    output_block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """A program's columns, by its first number, among those of a part; and where the part ends."""
+    start = tl.where(part == 0, 0, tl.where(part == 1, first_stop, second_stop))
+    stop = tl.where(part == 0, first_stop, tl.where(part == 1, second_stop, third_stop))
+    return start + tl.program_id(0) * output_block + tl.arange(0, output_block), stop
 
 
 @jit

@@ -18,6 +18,7 @@ from qlorachat.kernels.device import (
     triton,
     wait_for_previous,
 )
+from qlorachat.kernels.lora import find_columns
 
 _ROWS, _OUTPUTS = 64, 128  # of one program
 _RANKS = 64  # that it takes at a time
@@ -111,9 +112,7 @@ def _expand_segment_kernel(
 ) -> None:
     wait_for_previous(early)
     part = tl.program_id(1)
-    start = tl.where(part == 0, 0, tl.where(part == 1, first_stop, second_stop))
-    stop = tl.where(part == 0, first_stop, tl.where(part == 1, second_stop, third_stop))
-    column = start + tl.program_id(0) * output_block + tl.arange(0, output_block)
+    column, stop = find_columns(part, first_stop, second_stop, third_stop, output_block)
     row = (tl.program_id(2) * row_block + tl.arange(0, row_block)).to(tl.int64)
     total = tl.zeros([row_block, output_block], tl.float32)
     for first in range(0, rank, rank_block):
