@@ -16,8 +16,7 @@ constexpr int THREADS = (WARPS + HELPERS) * 32;
 // A unit's x comes in PARTS, each a stage of a ring.
 template <int P> struct Layout {
   static constexpr int PARTS = P == 64 ? 2 : 1, STAGES = P > 16 ? 2 : 3;
-  static constexpr int BLOCKS = CHUNK / PARTS, BYTES = BLOCKS * P * 128, PIECES = BYTES / (WARPS * 32 * 16);
-  static_assert(PIECES * WARPS * 32 * 16 == BYTES, "each thread copies as much");
+  static constexpr int BLOCKS = CHUNK / PARTS, BYTES = BLOCKS * P * 128, PIECES = (BYTES - 1) / (WARPS * 512) + 1;
   static constexpr int TOGETHER = P > 16 ? 1 : 2;  // units that a warp asks for at once
 };
 
@@ -73,7 +72,8 @@ template <int P, bool ALIGNED>
 __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& adapters, const u32* pairs,
                                            const float* code2, const u8* x, float* sums, int x_rows) {
   using L = Layout<P>;
-  constexpr int TILES = P / 8;
+  // A product waits for the one before it on the same sums: others come between.
+  constexpr int TILES = P / 8, BESIDE = TILES < 4 ? TILES : 4, CHAINS = TILES == 1 ? 2 : 1;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   let_next_start();
   if (warp >= WARPS) {
@@ -98,6 +98,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
   };
   load_next(held[0], 0);
   entries.fill();
+  wait_for_warps();  // for their entries
   wait_for_previous();
 
   int fetched = 0, x_part = begin % items * L::PARTS;
@@ -108,7 +109,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
       const u32 to = stage_of(fetched) + threadIdx.x * 16;
 #pragma unroll
       for (int i = 0; i < L::PIECES; i++)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, 16;" ::"r"(to + i * WARPS * 32 * 16),
+        if (threadIdx.x * 16 + i * WARPS * 512 < L::BYTES) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, 16;" ::"r"(to + i * WARPS * 32 * 16),
                      "l"(from + i * WARPS * 32 * 16) : "memory");
       if (++x_part == items * L::PARTS) x_part = 0;
     }
@@ -121,31 +122,47 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
   const u32 own_x = (lane & 7) * 128 + ((lane >> 3 ^ (lane & 7)) << 4);  // this lane's row of the first four matrices
   float total[TILES][4] = {};
   auto compute = [&](const Unit<ALIGNED>& unit) {
+    u32 a[16];  // of a block: decoded beside the products of the one before it
+    decode(unit.words[0], a);
 #pragma unroll
     for (int part = 0; part < L::PARTS; part++) {
-      const u32 stage = stage_of(computed * L::PARTS + part) + own_x;
       asm volatile("cp.async.wait_group %0;" ::"n"(L::STAGES - 2) : "memory");
       wait_for_warps();  // for their x, and until none reads the stage that is filled next
       fetch_x();
+      const u32 stage = stage_of(computed * L::PARTS + part);
+      const u32 rows_at[2] = {stage + own_x, stage + (own_x ^ 64)};  // of the first and the second pair of products
 #pragma unroll
       for (int i = 0; i < L::BLOCKS; i++) {
         const int j = part * L::BLOCKS + i;
-        u32 a[16];
-        decode(unit.words[j], a);
         const float factors[2] = {unit.scales.factor(unit.absmax, 0, j), unit.scales.factor(unit.absmax, 1, j)};
+        u32 next[16];
 #pragma unroll
-        for (int c = 0; c < TILES; c++) {
-          float sum[4] = {};
+        for (int first = 0; first < TILES; first += BESIDE) {
+          float sum[BESIDE][CHAINS][4] = {};
 #pragma unroll
           for (int pair = 0; pair < 2; pair++) {
-            u32 b[4];
-            load_matrices(b, (stage + (i * P + 8 * c) * 128) ^ pair << 6);
-            const u32* own = a + 8 * pair;
-            multiply(sum, own[0], own[1], own[2], own[3], b[0], b[1]);
-            multiply(sum, own[4], own[5], own[6], own[7], b[2], b[3]);
+            u32 b[BESIDE][4];
+#pragma unroll
+            for (int c = 0; c < BESIDE; c++) load_matrices(b[c], rows_at[pair] + (i * P + 8 * (first + c)) * 128);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              const int s = 2 * pair + half;
+              const u32* own = a + 4 * s;
+#pragma unroll
+              for (int c = 0; c < BESIDE; c++)
+                multiply(sum[c][s % CHAINS], own[0], own[1], own[2], own[3], b[c][2 * half], b[c][2 * half + 1]);
+              if (first == 0 && j + 1 < CHUNK) decode_step(unit.words[j + 1], s, next + 4 * s);
+            }
           }
 #pragma unroll
-          for (int e = 0; e < 4; e++) total[c][e] += factors[e >> 1] * sum[e];
+          for (int c = 0; c < BESIDE; c++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+              total[first + c][e] += factors[e >> 1] * (CHAINS == 2 ? sum[c][0][e] + sum[c][1][e] : sum[c][0][e]);
+        }
+        if (j + 1 < CHUNK) {
+#pragma unroll
+          for (int r = 0; r < 16; r++) a[r] = next[r];
         }
       }
     }

@@ -45,17 +45,18 @@ template <bool ALIGNED> struct Scales {
   }
 };
 
-// Operand A of the four products of a block, of a lane's 16 weights in each of two rows.
-__device__ __forceinline__ void decode(const uint2 (&words)[2], u32 (&into)[16]) {
+// Operand A of product s of a block's four, of a lane's 16 weights in each of two rows.
+__device__ __forceinline__ void decode_step(const uint2 (&words)[2], int s, u32* into) {
   const u32 offset = (threadIdx.x & 31) * 4;
+  const u32 low = s < 2 ? words[0].x : words[0].y, high = s < 2 ? words[1].x : words[1].y, i = (s & 1) * 2;
+  into[0] = look_up(low, offset, i);
+  into[1] = look_up(high, offset, i);
+  into[2] = look_up(low, offset, i + 1);
+  into[3] = look_up(high, offset, i + 1);
+}
+__device__ __forceinline__ void decode(const uint2 (&words)[2], u32 (&into)[16]) {
 #pragma unroll
-  for (int s = 0; s < 4; s++) {
-    const u32 low = s < 2 ? words[0].x : words[0].y, high = s < 2 ? words[1].x : words[1].y, i = (s & 1) * 2;
-    into[4 * s] = look_up(low, offset, i);
-    into[4 * s + 1] = look_up(high, offset, i);
-    into[4 * s + 2] = look_up(low, offset, i + 1);
-    into[4 * s + 3] = look_up(high, offset, i + 1);
-  }
+  for (int s = 0; s < 4; s++) decode_step(words, s, into + 4 * s);
 }
 
 __device__ __forceinline__ void add_pair(float* at, float a, float b) {
