@@ -1,17 +1,22 @@
 """The CUDA kernels of a fused decode step on a card, against their references.
 
     PYTHONPATH=src python bench/fused_check.py [--as-ampere]
+    PYTHONPATH=src compute-sanitizer --tool racecheck --kernel-regex kns=nf4_matmul \\
+        --kernel-regex kns=attend --kernel-regex kns=residual --kernel-regex kns=silu \\
+        python bench/fused_check.py --few
 
 Random inputs from 1 to 64 rows, ranks 16 to 512, several slots, heads of 64 to 256 and groups of 1
-to 8, contexts from nothing to thousands of positions in 16 and 8 bits, NaN where nothing may look.
-Each launch is repeated: what has no atomic adds must come out equal to the bit, the rest within the
-spread of float32 sums; A x, of the x that was written. Ends with status 1 if a kernel differs.
+to 8, contexts from nothing to thousands of positions in 16 and 8 bits, NaN where nothing may look;
+of the products those with A x beside them. Each launch is repeated: what has no atomic adds must
+come out equal to the bit, the rest within the spread of float32 sums; A x, of the product's x or of
+the x that was written. Ends with status 1 if a kernel differs.
 """
 
 import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +24,12 @@ import torch
 from as_ampere import as_ampere
 from qlorachat.kernels import decode_attention, decode_step
 from qlorachat.kernels.decode_attention import Meeting, PagedContext, make_meeting
-from qlorachat.kernels.decode_lora import Shrinking, shrink_reference
+from qlorachat.kernels.decode_lora import Expanding, Shrinking, shrink_reference
 from qlorachat.kernels.eight_bits import INT8, narrow, widen
+from qlorachat.kernels.nf4 import random_matrix
+from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled, nf4_matmul_tiled_reference
 from qlorachat.kernels.sums import LateNorm
-from qlorachat.kernels.tiles import rows_padded, tiled_shape, untile
+from qlorachat.kernels.tiles import rows_padded, tile, tiled_shape, untile
 
 ROUNDED = 2**-7  # one step of bfloat16's last digit
 SUMMED = 1e-5  # of float32 sums in another order
@@ -45,17 +52,32 @@ def product(rows: int, outputs: int) -> tuple[torch.Tensor, LateNorm]:
     return torch.randn(rows, outputs, device="cuda"), LateNorm(squares, HIDDEN, EPS)
 
 
-def shrinking(rows: int, columns: int, rank: int | None) -> Shrinking | None:
-    """Four slots, the second one nobody's; A of those that no row has is NaN."""
-    if rank is None:
-        return None
+def stacked(rows: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of four slots and each row's slot: the second is nobody's, NaN those no row has."""
     slots = torch.tensor([0, 1, 3, 4], dtype=torch.int32)[torch.randint(0, 4, (rows,))]
     slots[0] = 3
-    a = half(4, rank, columns) / columns**0.5
+    weights = half(4, *shape) / shape[-1] ** 0.5
     for slot in range(1, 5):
         if slot not in slots:
-            a[slot - 1] = NAN
-    return Shrinking(a, slots.cuda(), torch.randn(rows, 4 * rank, device="cuda"))
+            weights[slot - 1] = NAN
+    return weights, slots.cuda()
+
+
+def shrinking(rows: int, columns: int, rank: int | None) -> Shrinking | None:
+    if rank is None:
+        return None
+    a, slots = stacked(rows, rank, columns)
+    return Shrinking(a, slots, torch.randn(rows, 4 * rank, device="cuda"))
+
+
+def expanding(rows: int, width: int, parts: int, rank: int | None) -> Expanding | None:
+    """A x is NaN but for each row's own slot."""
+    if rank is None:
+        return None
+    b, slots = stacked(rows, parts * width, rank)
+    shrunk = torch.randn(rows, 4, parts * rank, device="cuda")
+    shrunk[slots[:, None] != torch.arange(1, 5, device="cuda")] = NAN
+    return Expanding(shrunk.flatten(1), b, slots, 2 * torch.rand(rows, device="cuda"))
 
 
 def tiled(rows: int, columns: int) -> torch.Tensor:
@@ -68,29 +90,46 @@ def step_cases() -> Iterator[Case]:
         for width in (64, 576, 4096):
             h, weight, squares = half(rows, width), half(width), torch.rand(rows, device="cuda")
             ids = torch.randint(0, 50, (rows,), device="cuda")
-            for rank in RANKS:
-                adapters = shrinking(rows, width, rank)
+            for rank, next_rank in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True):
+                adapters = shrinking(rows, width, next_rank)
+                added = expanding(rows, width, 1, rank)
                 normed = (weight, tiled(rows, width))
                 heading = f"{rows} rows of {width}, rank {rank}"
                 yield (
-                    f"begin_residual, {heading}",
+                    f"begin_residual, {rows} rows of {width}, rank {next_rank}",
                     *(decode_step.begin_residual, decode_step.begin_residual_reference),
                     (ids, half(50, width), *normed, h * NAN, squares, adapters),
                 )
                 yield (
-                    f"add_to_residual, {heading}",
+                    f"add_to_residual, {heading}, next rank {next_rank}",
                     *(decode_step.add_to_residual, decode_step.add_to_residual_reference),
-                    (product(rows, width)[0], h, *normed, squares, adapters),
+                    (product(rows, width)[0], h, *normed, squares, added, adapters),
+                )
+                yield (
+                    f"the last add_to_residual, {heading}",
+                    *(decode_step.add_to_residual, decode_step.add_to_residual_reference),
+                    (product(rows, width)[0], h, None, None, None, added, None),
                 )
                 yield (
                     f"silu_mul_sums, {heading}",
                     *(decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference),
-                    (*product(rows, 2 * width), tiled(rows, width), adapters),
+                    (*product(rows, 2 * width), normed[1], expanding(rows, width, 2, rank)),
                 )
+
+
+def product_cases() -> Iterator[Case]:
+    """Of weights whose 16 code values are exact in bfloat16, as kernels have them."""
+    for columns in (576, 4096):
+        matrix = random_matrix((1024, 272), columns, torch.Generator("cuda").manual_seed(columns))
+        weight = replace(matrix, code=matrix.code.bfloat16().float())
+        for rows, rank in itertools.product((1, 8, 9, 20, 64), RANKS):
+            x = tile(half(rows, columns), rows_padded(rows))
+            x[:, rows:] = NAN
+            sums = torch.randn(rows, weight.rows, device="cuda")
             yield (
-                f"the last add_to_residual, {rows} rows of {width}",
-                *(decode_step.add_to_residual, decode_step.add_to_residual_reference),
-                (product(rows, width)[0], h, None, None, None, None),
+                f"nf4_matmul_tiled, {rows} rows of {columns}, rank {rank}",
+                *(nf4_matmul_tiled, nf4_matmul_tiled_reference),
+                (x, weight, sums, shrinking(rows, columns, rank)),
             )
 
 
@@ -107,7 +146,7 @@ def attention_cases() -> Iterator[Case]:
     longest = (0, 1, 2, 16, 17, 129, 1000, 3000)
     for (number, rows), in_8_bits in itertools.product(enumerate(ROWS * 7), (False, True)):
         heads, kv_heads, dim = shapes[number % len(shapes)]
-        rank, splits = RANKS[number % len(RANKS)], SPLITS[number // len(ROWS) % len(SPLITS)]
+        splits = SPLITS[number // len(ROWS) % len(SPLITS)]
         contexts = [longest[(number + i) % (3 + number % 6)] for i in range(rows)]
         width = max(1, -(-max(contexts) // 16))
         blocks = rows * width + 1
@@ -129,12 +168,12 @@ def attention_cases() -> Iterator[Case]:
         heading = f"attend_sums, {rows} rows, heads {heads}/{kv_heads}/{dim}, {cache.dtype}"
         meeting = make_meeting(rows, heads, kv_heads, dim, cache.device, splits)
         yield (
-            f"{heading}, rank {rank}, splits {splits}",
+            f"{heading}, splits {splits}",
             decode_attention.attend_sums,
             decode_attention.attend_sums_reference,
             (
                 *(*product(rows, (heads + 2 * kv_heads) * dim), context),
-                *(dim**-0.5, tiled(rows, heads * dim), shrinking(rows, heads * dim, rank)),
+                *(dim**-0.5, tiled(rows, heads * dim)),
                 *((meeting,) if splits is None else (meeting, splits)),
             ),
         )
@@ -168,14 +207,12 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def check(case: Case) -> str | None:
     """What differs, in a few words."""
     name, kernel, reference, arguments = case
+    allowed = allowance(kernel, arguments)
     runs = [[copy(argument) for argument in arguments] for _ in range(3)]
     reference(*runs[2][: reference.__code__.co_argcount])  # it has no meeting and splits
     for own in runs[:2]:
         kernel(*own)
     torch.cuda.synchronize()
-    # one new key or value that is rounded to another code
-    in_8_bits = any(each.dtype == INT8 for each in tensors(arguments))
-    allowed = 2 * ROUNDED if in_8_bits else ROUNDED
     for place, (first, second, expected) in enumerate(zip(*map(tensors, runs), strict=True)):
         if (worst := difference(first, expected)) > allowed:
             return f"{name}: tensor {place} differs by {worst:.2e}"
@@ -188,8 +225,17 @@ def check(case: Case) -> str | None:
     return None
 
 
+def allowance(kernel: Callable[..., None], arguments: Sequence[Any]) -> float:
+    """Of a difference."""
+    if kernel is nf4_matmul_tiled:
+        return SUMMED
+    # one new key or value that is rounded to another code
+    in_8_bits = any(each.dtype == INT8 for each in tensors(arguments))
+    return 2 * ROUNDED if in_8_bits else ROUNDED
+
+
 def shrunk_well(run: Sequence[Any], given: Sequence[Any]) -> bool:
-    """Whether A x of the x that was written, of three dimensions, was added where it belongs."""
+    """Whether A x of the tiled x, of three dimensions, was added where it belongs."""
     for own, old in zip(run, given, strict=True):
         if isinstance(old, Shrinking):
             (x,) = (each for each in run if isinstance(each, torch.Tensor) and each.ndim == 3)
@@ -204,10 +250,13 @@ def shrunk_well(run: Sequence[Any], given: Sequence[Any]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--as-ampere", action="store_true", help="what cards before Hopper run")
+    parser.add_argument("--few", action="store_true", help="every 23rd case, for a sanitizer")
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     failed, counted = [], 0
-    with as_ampere(parser.parse_args().as_ampere):
-        for case in itertools.chain(step_cases(), attention_cases()):
+    with as_ampere(arguments.as_ampere):
+        cases = itertools.chain(step_cases(), product_cases(), attention_cases())
+        for case in itertools.islice(cases, 0, None, 23 if arguments.few else 1):
             counted += 1
             if problem := check(case):
                 failed.append(problem)

@@ -1,11 +1,13 @@
 """Random inputs of a fused decode step's kernels, with poison where nothing may look or write."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
+from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.tiles import tiled_shape, untile
 from tests.kernels.cases import POISON
 
@@ -44,23 +46,24 @@ def assert_untouched(x: torch.Tensor, rows: int, columns: int) -> None:
     assert torch.equal(x, expected)
 
 
-def make_slots(rows: int) -> torch.Tensor:
+def make_slots(rows: int, count: int) -> torch.Tensor:
     """Of each row; the first one has an adapter, the second none, and nobody slot 2."""
-    slots = torch.tensor([0, 1, 3, 4])[torch.randint(0, 4, (rows,))].int()
-    slots[:2] = torch.tensor([4, 0])[:rows]
+    known = torch.tensor([slot for slot in range(count + 1) if slot != 2])
+    slots = known[torch.randint(0, count, (rows,))].int()
+    slots[:2] = torch.tensor([count, 0])[:rows]
     return slots
 
 
 def make_shrinking(
-    dtype: torch.dtype, rows: int, columns: int, rank: int | None
+    dtype: torch.dtype, rows: int, columns: int, rank: int | None, count: int = SLOTS
 ) -> Shrinking | None:
     """A of slots that no row has is NaN; without `rank` there are no adapters."""
     if rank is None:
         return None
-    slots = make_slots(rows)
-    a = (torch.randn(SLOTS, rank, columns) / columns**0.5).to(dtype)
+    slots = make_slots(rows, count)
+    a = (torch.randn(count, rank, columns) / columns**0.5).to(dtype)
     poison_unused(a, slots)
-    return Shrinking(a, slots, earlier_shrunk(rows, SLOTS * rank))
+    return Shrinking(a, slots, earlier_shrunk(rows, count * rank))
 
 
 def assert_shrunk(shrinking: Shrinking | None, x: torch.Tensor) -> None:
@@ -80,23 +83,66 @@ def assert_shrunk(shrinking: Shrinking | None, x: torch.Tensor) -> None:
     assert bool((error <= SUMMED * sizes.flatten(1)).all())
 
 
+def assert_adapters(
+    own: Shrinking | Expanding, given: Shrinking | Expanding, x: torch.Tensor | None
+) -> None:
+    """A x of a tiled x was added, if they shrink; nothing else of them changed."""
+    for name, new, old in zip(own._fields, own, given, strict=True):
+        if isinstance(own, Shrinking) and name == "shrunk":
+            assert x is not None
+            assert_shrunk(own, x)
+        else:
+            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
 def earlier_shrunk(rows: int, ranks: int) -> torch.Tensor:
     """What A x is added to; it depends on the shape alone."""
     return torch.randn(rows, ranks, generator=torch.Generator().manual_seed(5))
 
 
 def make_expanding(
-    dtype: torch.dtype, rows: int, heights: tuple[int, ...], rank: int | None
+    dtype: torch.dtype, rows: int, heights: tuple[int, ...], rank: int | None, count: int = SLOTS
 ) -> Expanding | None:
     """A x is NaN but for each row's own slot, B for slots that no row has."""
     if rank is None:
         return None
-    slots = make_slots(rows)
-    shrunk = torch.randn(rows, SLOTS, len(heights) * rank)
-    shrunk[slots[:, None] != torch.arange(1, SLOTS + 1)] = POISON
-    b = torch.randn(SLOTS, sum(heights), rank).to(dtype)
+    slots = make_slots(rows, count)
+    shrunk = torch.randn(rows, count, len(heights) * rank)
+    shrunk[slots[:, None] != torch.arange(1, count + 1)] = POISON
+    b = torch.randn(count, sum(heights), rank).to(dtype)
     poison_unused(b, slots)
     return Expanding(shrunk.flatten(1), b, slots, torch.rand(rows) * 2)
+
+
+def make_exact_expanding(dtype: torch.dtype, rows: int, heights: tuple[int, ...]) -> Expanding:
+    """In whole numbers: what it adds to `exact_sums` is exact in float32."""
+    expanding = make_expanding(dtype, rows, heights, 16)
+    assert expanding is not None
+    scales = torch.randint(1, 3, (rows,)).float()
+    return Expanding(expanding.shrunk.round(), expanding.b.round(), expanding.slots, scales)
+
+
+def exact_sums(rows: int, outputs: int) -> torch.Tensor:
+    return torch.randn(rows, outputs).mul(256).round() / 256
+
+
+def beside(*ranks: int) -> list[tuple[type[Shrinking | Expanding] | None, int | None]]:
+    """Kinds of adapters and ranks for `make_beside`: first of all none."""
+    return [(None, None), *itertools.product((Shrinking, Expanding), ranks)]
+
+
+def make_beside(
+    kind: type[Shrinking | Expanding] | None,
+    dtype: torch.dtype,
+    rows: int,
+    weight: Nf4Matrix,
+    rank: int | None,
+    count: int = SLOTS,
+) -> Shrinking | Expanding | None:
+    """Adapters beside a product; rank: with `Shrinking`, of all parts together."""
+    if kind is Shrinking:
+        return make_shrinking(dtype, rows, weight.columns, rank, count)
+    return make_expanding(dtype, rows, weight.heights, rank, count)
 
 
 def expanded(

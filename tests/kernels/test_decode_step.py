@@ -13,6 +13,10 @@ from tests.kernels.step_cases import (
     HIDDEN,
     assert_shrunk,
     assert_untouched,
+    exact_sums,
+    expanded,
+    make_exact_expanding,
+    make_expanding,
     make_product,
     make_shrinking,
     make_tiled,
@@ -59,17 +63,20 @@ def test_the_first_residual(rows: int, width: int, rank: int | None) -> None:
     assert_shrunk(shrinking, x)
 
 
+@pytest.mark.parametrize("next_rank", [None, 16, 48])
 @pytest.mark.parametrize("rank", [None, 16, 48])
 @pytest.mark.parametrize(("rows", "width"), [(5, 320), (33, 64)])
-def test_the_next_residual(rows: int, width: int, rank: int | None) -> None:
+def test_the_next_residual(rows: int, width: int, rank: int | None, next_rank: int | None) -> None:
     sums, h, weight = torch.randn(rows, width), torch.randn(rows, width), torch.randn(width)
     x, earlier = make_tiled(torch.float32, width, rows_padded(rows)), torch.rand(rows)
-    shrinking = make_shrinking(torch.float32, rows, width, rank)
-    expected, last, last_sums, squares = h + sums, h.clone(), sums.clone(), earlier.clone()
-    add_to_residual(last_sums, last, None, None, None, None)
-    add_to_residual(sums, h, weight, x, squares, shrinking)
-    assert torch.equal(h, expected)
-    assert torch.equal(last, expected)
+    expanding = make_expanding(torch.float32, rows, (width,), rank)
+    shrinking = make_shrinking(torch.float32, rows, width, next_rank)
+    expected = (h.double() + sums + expanded(expanding, (width,))[0]).float()
+    last, last_sums, squares = h.clone(), sums.clone(), earlier.clone()
+    add_to_residual(last_sums, last, None, None, None, expanding, None)
+    add_to_residual(sums, h, weight, x, squares, expanding, shrinking)
+    torch.testing.assert_close(h, expected)
+    assert torch.equal(last, h)
     assert torch.equal(untile(x, rows, width), h * weight)
     assert_untouched(x, rows, width)
     torch.testing.assert_close(squares, earlier + (h**2).sum(1))
@@ -80,10 +87,10 @@ def test_the_next_residual(rows: int, width: int, rank: int | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_is_added_is_rounded_first(dtype: torch.dtype) -> None:
-    sums, h, weight = torch.randn(7, 64), torch.randn(7, 64).to(dtype), torch.randn(64).to(dtype)
-    expected, x = h + sums.to(dtype), make_tiled(dtype, 64, 8)
-    shrinking = make_shrinking(dtype, 7, 64, 16)
-    add_to_residual(sums, h, weight, x, torch.zeros(7), shrinking)
+    sums, h, weight = exact_sums(7, 64), torch.randn(7, 64).to(dtype), torch.randn(64).to(dtype)
+    expanding, shrinking = make_exact_expanding(dtype, 7, (64,)), make_shrinking(dtype, 7, 64, 16)
+    expected, x = h + (sums + expanded(expanding, (64,))[0]).to(dtype), make_tiled(dtype, 64, 8)
+    add_to_residual(sums, h, weight, x, torch.zeros(7), expanding, shrinking)
     assert torch.equal(h, expected)
     assert torch.equal(untile(x, 7, 64), expected * weight)
     assert_shrunk(shrinking, x)
@@ -93,23 +100,24 @@ def test_what_is_added_is_rounded_first(dtype: torch.dtype) -> None:
 def test_silu_after_a_norm_put_off(rank: int | None) -> None:
     sums, given, gate_up = make_product(9, 640)
     x, squares = make_tiled(torch.float32, 320, 16), given.clone()
-    shrinking = make_shrinking(torch.float32, 9, 320, rank)
-    silu_mul_sums(sums, LateNorm(squares, HIDDEN, EPS), x, shrinking)
-    torch.testing.assert_close(untile(x, 9, 320), silu_mul(gate_up), rtol=1e-4, atol=1e-4)
+    expanding = make_expanding(torch.float32, 9, (320, 320), rank)
+    added = expanded(expanding, (320, 320))[0] * torch.rsqrt(given[:, None] / HIDDEN + EPS)
+    silu_mul_sums(sums, LateNorm(squares, HIDDEN, EPS), x, expanding)
+    expected = silu_mul((gate_up + added).float())
+    torch.testing.assert_close(untile(x, 9, 320), expected, rtol=1e-4, atol=1e-4)
     assert_untouched(x, 9, 320)
-    assert_shrunk(shrinking, x)
     assert not sums.any()
     assert torch.equal(squares, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
-    sums, squares = torch.randn(7, 128), 100 * torch.rand(7)
-    gate_up = sums * torch.rsqrt(squares[:, None] / 50 + EPS)
-    x, shrinking = make_tiled(dtype, 64, 8), make_shrinking(dtype, 7, 64, 16)
-    silu_mul_sums(sums, LateNorm(squares, 50, EPS), x, shrinking)
+    sums, squares, x = exact_sums(7, 128), 100 * torch.rand(7), make_tiled(dtype, 64, 8)
+    expanding = make_exact_expanding(dtype, 7, (64, 64))
+    whole = (sums + expanded(expanding, (64, 64))[0]).float()
+    gate_up = whole * torch.rsqrt(squares[:, None] / 50 + EPS)
+    silu_mul_sums(sums, LateNorm(squares, 50, EPS), x, expanding)
     assert torch.equal(untile(x, 7, 64), silu_mul(gate_up.to(dtype)))
-    assert_shrunk(shrinking, x)
 
 
 @needs_nvrtc

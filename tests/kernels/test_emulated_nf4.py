@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlorachat.kernels.decode_lora import Expanding
+from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize, nf4_write_out
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 from tests.kernels.cases import POISON
 from tests.kernels.emulator import Emulator, OnCard
-from tests.kernels.step_cases import SUMMED, expanded, make_expanding
+from tests.kernels.step_cases import SUMMED, assert_adapters, beside, expanded, make_beside
+from tests.kernels.test_emulated_step import copied
 from tests.kernels.test_nf4 import make_matrix
 
 HALF = torch.bfloat16
@@ -67,7 +68,7 @@ def test_nf4_matmul(card: Emulator, rows: int, heights: tuple[int, ...], columns
     assert len(card.launched) == 2
 
 
-@pytest.mark.parametrize("rank", [None, 16, 48, 80])
+@pytest.mark.parametrize(("kind", "rank"), beside(16, 48, 80))
 @pytest.mark.parametrize(
     ("rows", "heights", "columns", "blocks"),
     [
@@ -90,21 +91,54 @@ def test_nf4_matmul_tiled(
     heights: tuple[int, ...],
     columns: int,
     blocks: int,
+    kind: type[Shrinking | Expanding] | None,
     rank: int | None,
 ) -> None:
-    weight, x = make_weight(heights, columns), torch.randn(rows, columns).to(HALF)
-    before = torch.randn(rows, weight.rows)
-    expanding = make_expanding(HALF, rows, heights, rank)
-    product, product_sizes = multiplied(x, weight)
-    added, added_sizes = expanded(expanding, heights)
-    sizes = 1 + product_sizes + (1 + SPLIT / SUMMED) * added_sizes
-    tiled = tile(x, rows_padded(rows))
-    tiled[:, rows:] = POISON
+    weight = make_weight(heights, columns)
+    x, before = torch.randn(rows, columns).to(HALF), torch.randn(rows, weight.rows)
+    lora = make_beside(kind, HALF, rows, weight, rank)
+    check_tiled(card, x, weight, before, lora, blocks)
+
+
+@pytest.mark.parametrize("columns", [192, 512])
+@pytest.mark.parametrize(("kind", "rank"), beside(16, 48)[1:])
+@pytest.mark.parametrize(("rows", "count"), [(8, 60), (20, 20), (64, 9)])
+def test_many_adapters_beside_a_product(
+    card: Emulator,
+    rows: int,
+    count: int,
+    kind: type[Shrinking | Expanding],
+    rank: int,
+    columns: int,
+) -> None:
+    weight = make_weight((96, 16), columns)
+    x, before = torch.randn(rows, columns).to(HALF), torch.randn(rows, weight.rows)
+    lora = make_beside(kind, HALF, rows, weight, rank, count)
+    assert lora is not None
+    assert len(lora.slots[:16].unique()) > 5  # more adapters than are held at once
+    check_tiled(card, x, weight, before, lora, blocks=2)
+
+
+def check_tiled(
+    card: Emulator,
+    x: torch.Tensor,
+    weight: Nf4Matrix,
+    before: torch.Tensor,
+    lora: Shrinking | Expanding | None,
+    blocks: int,
+) -> None:
+    """Sums of real rows, and A x of adapters that shrink; all else is left as it is."""
+    product, sizes = multiplied(x, weight)
+    expected, sizes = before + product, 1 + sizes
+    if isinstance(lora, Expanding):
+        added, added_sizes = expanded(lora, weight.heights)
+        expected, sizes = expected + added, sizes + (1 + SPLIT / SUMMED) * added_sizes
+    tiled = tile(x, rows_padded(len(x)))
+    tiled[:, len(x) :] = POISON
     for card.seed in (0, 1, 2, 3):
-        sums = before.clone()
-        own = expanding and Expanding(*(tensor.clone() for tensor in expanding))
+        sums, own = before.clone(), copied(lora, torch.Tensor)
         nf4_matmul_tiled(tiled.as_subclass(OnCard), weight, sums, own, blocks=blocks)
-        assert_near(sums, before + product + added, sizes, 0)
-        for new, old in zip(own or (), expanding or (), strict=True):
-            torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+        assert_near(sums, expected, sizes, 0)
+        if lora is not None:
+            assert_adapters(own, lora, tiled)
     assert len(card.launched) == 4

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from qlorachat.kernels.attention import paged_decode_attention_reference
-from qlorachat.kernels.decode_attention import Meeting, PagedContext, attend_sums, make_meeting
-from qlorachat.kernels.decode_lora import Shrinking
+from qlorachat.kernels.decode_attention import (
+    attend_sums,
+    attend_sums_reference,
+    make_meeting,
+)
+from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.decode_step import (
     add_to_residual,
     add_to_residual_reference,
@@ -18,14 +21,21 @@ from qlorachat.kernels.decode_step import (
     silu_mul_sums_reference,
 )
 from qlorachat.kernels.eight_bits import INT8, narrow, widen
-from qlorachat.kernels.rotary import rope_and_cache_reference
-from qlorachat.kernels.sums import LateNorm, take_sums_reference
-from qlorachat.kernels.tiles import rows_padded, write_tiled
+from qlorachat.kernels.sums import LateNorm
+from qlorachat.kernels.tiles import rows_padded
 from tests.kernels.cases import POISON
 from tests.kernels.emulator import Emulator, OnCard
-from tests.kernels.step_cases import EPS, HIDDEN, assert_shrunk, make_shrinking, make_tiled
+from tests.kernels.step_cases import (
+    EPS,
+    HIDDEN,
+    assert_adapters,
+    make_expanding,
+    make_shrinking,
+    make_tiled,
+)
 from tests.kernels.test_decode_attention import make_context
 
+HALF = torch.bfloat16
 ROUNDED = 2**-7  # one step of bfloat16's last digit
 SEEDS = (0, 3)  # asynchronous work early, then late; and other orders
 
@@ -40,10 +50,6 @@ def make_sums(rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, outputs), 100 * torch.rand(rows)
 
 
-def make_half_shrinking(rows: int, columns: int, rank: int | None) -> Shrinking | None:
-    return make_shrinking(torch.bfloat16, rows, columns, rank)
-
-
 def copied(argument: Any, kind: type[torch.Tensor]) -> Any:
     if isinstance(argument, tuple):
         return type(argument)(*(copied(each, kind) for each in argument))
@@ -53,11 +59,11 @@ def copied(argument: Any, kind: type[torch.Tensor]) -> Any:
 
 
 def tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Of all arguments but those that atomic adds leave, and scratch."""
+    """Of all arguments but the adapters."""
     for each in arguments:
         if isinstance(each, torch.Tensor):
             yield each
-        elif isinstance(each, tuple) and not isinstance(each, Shrinking | Meeting):
+        elif isinstance(each, tuple) and not isinstance(each, Shrinking | Expanding):
             yield from tensors(each)
 
 
@@ -80,7 +86,7 @@ def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
         return
     rounded = 2 * ROUNDED if expected.dtype == INT8 else ROUNDED  # a code is a 127th
     assert (ours - theirs).abs().max() <= rounded * theirs.abs().max()
-    if expected.dtype in (torch.bfloat16, INT8):
+    if expected.dtype in (HALF, INT8):
         assert int((ours != theirs).sum()) <= 1 + 0.02 * ours.numel()
 
 
@@ -103,85 +109,89 @@ def check(
             assert_alike(own, other)
             assert other.dtype == torch.float32 or same(own, ours[0])
     for run in runs:
-        check_shrunk(run, arguments)
-        assert not any(each.arrived.any() for each in run if isinstance(each, Meeting))
+        check_adapters([copied(argument, torch.Tensor) for argument in run], arguments)
     assert len(card.launched) == len(SEEDS)
 
 
-def check_shrunk(run: Sequence[Any], given: Sequence[Any]) -> None:
+def check_adapters(run: Sequence[Any], given: Sequence[Any]) -> None:
     """A x is that of the x which the kernel wrote, the one argument of three dimensions."""
+    tiled = [each for each in run if isinstance(each, torch.Tensor) and each.ndim == 3]
     for own, old in zip(run, given, strict=True):
-        if isinstance(old, Shrinking):
-            (x,) = (each for each in run if isinstance(each, torch.Tensor) and each.ndim == 3)
-            assert same(own.a, old.a)
-            assert torch.equal(own.slots, old.slots)
-            assert_shrunk(own, x.as_subclass(torch.Tensor))
+        if isinstance(old, Shrinking | Expanding):
+            assert_adapters(own, old, tiled[0] if tiled else None)
 
 
-@pytest.mark.parametrize("rank", [None, 16, 48, 192])
+@pytest.mark.parametrize("rank", [None, 16, 48, 64, 112, 192])
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 320), (9, 576), (64, 192)])
 def test_begin_residual(card: Emulator, rows: int, width: int, rank: int | None) -> None:
     torch.manual_seed(rows)
-    x = make_tiled(torch.bfloat16, width, rows_padded(rows))
+    x = make_tiled(HALF, width, rows_padded(rows))
     given = (torch.randint(0, 9, (rows,)), half(9, width), half(width), x)
-    residual, shrinking = half(rows, width) * POISON, make_half_shrinking(rows, width, rank)
-    arguments = (*given, residual, torch.rand(rows), shrinking)
+    shrinking = make_shrinking(HALF, rows, width, rank)
+    arguments = (*given, half(rows, width) * POISON, torch.rand(rows), shrinking)
     check(card, begin_residual, begin_residual_reference, *arguments)
 
 
 ROWS_AND_WIDTHS = [(1, 320), (3, 64), (8, 192), (9, 320), (20, 64), (20, 192), (64, 320)]
+RANKS = [  # of the adapters that are added, and of the next product's
+    *((None, None), (None, 16), (None, 48), (None, 64), (None, 192)),
+    *((16, None), (48, None), (80, None), (192, None)),
+    *((16, 192), (48, 48), (80, 16), (192, 112)),
+]
 
 
-@pytest.mark.parametrize("rank", [None, 16, 48, 192])
+@pytest.mark.parametrize(("rank", "next_rank"), RANKS)
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
-def test_add_to_residual(card: Emulator, rows: int, width: int, rank: int | None) -> None:
+def test_add_to_residual(
+    card: Emulator, rows: int, width: int, rank: int | None, next_rank: int | None
+) -> None:
     sums, _ = make_sums(rows, width)
-    x = make_tiled(torch.bfloat16, width, rows_padded(rows))
-    normed = (half(width), x, torch.rand(rows), make_half_shrinking(rows, width, rank))
+    x = make_tiled(HALF, width, rows_padded(rows))
+    adapters = (
+        make_expanding(HALF, rows, (width,), rank),
+        make_shrinking(HALF, rows, width, next_rank),
+    )
     check(
         *(card, add_to_residual, add_to_residual_reference),
-        *(sums, half(rows, width), *normed),
+        *(sums, half(rows, width), half(width), x, torch.rand(rows), *adapters),
     )
 
 
-def test_the_last_add_to_residual(card: Emulator) -> None:
+@pytest.mark.parametrize("rank", [None, 16, 80])
+def test_the_last_add_to_residual(card: Emulator, rank: int | None) -> None:
     sums, _ = make_sums(9, 192)
-    arguments = (sums, half(9, 192), None, None, None, None)
+    expanding = make_expanding(HALF, 9, (192,), rank)
+    arguments = (sums, half(9, 192), None, None, None, expanding, None)
     check(card, add_to_residual, add_to_residual_reference, *arguments)
 
 
-@pytest.mark.parametrize("rank", [None, 16, 64, 128])
+@pytest.mark.parametrize("rank", [None, 16, 48, 80, 192])
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
 def test_silu_mul(card: Emulator, rows: int, width: int, rank: int | None) -> None:
     sums, squares = make_sums(rows, 2 * width)
-    x = make_tiled(torch.bfloat16, width, rows_padded(rows))
-    shrinking = make_half_shrinking(rows, width, rank)
+    x = make_tiled(HALF, width, rows_padded(rows))
+    expanding = make_expanding(HALF, rows, (width, width), rank)
     check(
         *(card, silu_mul_sums, silu_mul_sums_reference),
-        *(sums, LateNorm(squares, HIDDEN, EPS), x, shrinking),
+        *(sums, LateNorm(squares, HIDDEN, EPS), x, expanding),
     )
 
 
-def attend_in_float32(
-    sums: torch.Tensor,
-    norm: LateNorm,
-    context: PagedContext,
-    scale: float,
-    out: torch.Tensor,
-    *of_a_card: object,
-) -> None:
-    """`attend_sums_reference` with scores and weights that are not rounded, as the kernel's.
-
-    A x is left to `check_shrunk`.
-    """
-    qkv = (take_sums_reference(sums) * norm.factors()).bfloat16()
-    *places, tables, lengths = context
-    q = rope_and_cache_reference(qkv, *places)
-    keys, values = (
-        widen(cache, torch.float32).float() for cache in (context.key_cache, context.value_cache)
-    )
-    mixed = paged_decode_attention_reference(q.float(), keys, values, tables, lengths, scale)
-    write_tiled(mixed.flatten(1).bfloat16(), out)
+@pytest.mark.parametrize("rank", [16, 48])
+@pytest.mark.parametrize(("rows", "width"), [(8, 192), (20, 64)])
+def test_many_adapters(card: Emulator, rows: int, width: int, rank: int) -> None:
+    sums, squares = make_sums(rows, 2 * width)
+    x = make_tiled(HALF, width, rows_padded(rows))
+    gate_up, down = (make_expanding(HALF, rows, (width,) * parts, rank, 60) for parts in (2, 1))
+    shrinking = make_shrinking(HALF, rows, width, rank, 60)
+    for adapters in (gate_up, down, shrinking):
+        assert adapters is not None
+        assert len(adapters.slots[:8].unique()) > 5  # more than are held at once
+    norm = LateNorm(squares, HIDDEN, EPS)
+    check(card, silu_mul_sums, silu_mul_sums_reference, sums, norm, x, gate_up)
+    card.launched.clear()
+    arguments = (half(rows, width), half(width), x, torch.rand(rows), down, shrinking)
+    check(card, add_to_residual, add_to_residual_reference, sums[:, :width].clone(), *arguments)
 
 
 @pytest.mark.parametrize("in_8_bits", [False, True])
@@ -190,37 +200,33 @@ def attend_in_float32(
     "lengths", [[1], [0, 17, 129], [300, 2, 16], [100, 0, 40, 1, 33, 8, 65, 15, 64]]
 )
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "rank"),
-    [
-        *((9, 3, 64, 16), (2, 2, 64, None), (8, 1, 64, 48)),
-        *((2, 2, 128, 48), (4, 1, 128, None), (2, 1, 256, 16)),
-    ],
+    ("heads", "kv_heads", "head_dim"),
+    [(9, 3, 64), (2, 2, 64), (8, 1, 64), (2, 2, 128), (4, 1, 128), (2, 1, 256)],
 )
 def test_attention(
     card: Emulator,
     heads: int,
     kv_heads: int,
     head_dim: int,
-    rank: int | None,
     lengths: list[int],
     splits: int,
     in_8_bits: bool,
 ) -> None:
     rows, columns = len(lengths), heads * head_dim
     sums, squares = make_sums(rows, columns + 2 * kv_heads * head_dim)
-    context = make_context(torch.bfloat16, heads, kv_heads, head_dim, lengths)
+    context = make_context(HALF, heads, kv_heads, head_dim, lengths)
     if in_8_bits:
         caches = (narrow(context.key_cache, INT8), narrow(context.value_cache, INT8))
         context = context._replace(key_cache=caches[0], value_cache=caches[1])
-    out = make_tiled(torch.bfloat16, columns, rows_padded(rows))
-    shrinking = make_half_shrinking(rows, columns, rank)
+    out = make_tiled(HALF, columns, rows_padded(rows))
     meeting = None
     if not card.card.starts_early:
         shape = (rows, heads, kv_heads, head_dim)
         meeting = make_meeting(*shape, out.device, splits)
     check(
-        *(card, attend_sums, attend_in_float32),
-        *(sums, LateNorm(squares, HIDDEN, EPS), context),
-        *(head_dim**-0.5, out, shrinking, meeting),
+        *(card, attend_sums, attend_sums_reference),
+        *(sums, LateNorm(squares, HIDDEN, EPS), context, head_dim**-0.5, out),
+        meeting=meeting,
         splits=splits,
     )
+    assert meeting is None or not meeting.arrived.any()

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from qlorachat.kernels import cuda_source, nf4
 from qlorachat.kernels import nf4_matmul as nf4_matmul_module
+from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
 from tests.kernels.cubin import registers
 from tests.kernels.emulator import AMPERE, HOPPER
-from tests.kernels.step_cases import expanded, make_expanding
+from tests.kernels.step_cases import assert_shrunk, beside, expanded, make_beside
 
 needs_nvrtc = pytest.mark.skipif(
     not cuda_source.found(), reason="cuda-bindings or NVRTC is not installed"
@@ -52,18 +53,23 @@ def test_the_weights_are_those_of_bitsandbytes(
     torch.testing.assert_close(product.float(), x.float() @ expected.T, rtol=2**-8, atol=1e-4)
 
 
-@pytest.mark.parametrize("rank", [None, 16, 48])
+@pytest.mark.parametrize(("kind", "rank"), beside(16, 48))
 @pytest.mark.parametrize("rows", [1, 8, 11])
-def test_the_tiled_product_adds_real_rows_alone(rows: int, rank: int | None) -> None:
+def test_the_tiled_product_adds_real_rows_alone(
+    rows: int, kind: type[Shrinking | Expanding] | None, rank: int | None
+) -> None:
     matrix, _ = make_matrix((48, 16), 192, largest=1.0)
     x, sums = torch.randn(rows, 192), torch.randn(rows, 64)
-    expanding = make_expanding(torch.float32, rows, matrix.heights, rank)
+    lora = make_beside(kind, torch.float32, rows, matrix, rank)
     tiled = tile(x, rows_padded(rows))
     tiled[:, rows:] = float("nan")
     expected = sums + x.double() @ nf4_dequantize(matrix).double().T
-    expected += expanded(expanding, matrix.heights)[0]
-    nf4_matmul_tiled(tiled, matrix, sums, expanding)
+    if isinstance(lora, Expanding):
+        expected += expanded(lora, matrix.heights)[0]
+    nf4_matmul_tiled(tiled, matrix, sums, lora)
     torch.testing.assert_close(sums.double(), expected, rtol=1e-4, atol=1e-4)
+    if isinstance(lora, Shrinking):
+        assert_shrunk(lora, tiled)
 
 
 def test_a_matrix_refuses_what_its_bytes_do_not_fit() -> None:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from qlorachat.kernels import card as cards
-from qlorachat.kernels import cuda_source, trial
+from qlorachat.kernels import cuda_source, decode_step, trial
 from qlorachat.kernels.decode_attention import attend_sums_reference
+from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.eight_bits import INT8
 from tests.kernels.emulator import Emulator, OnCard
 
@@ -17,7 +19,7 @@ HALF = torch.bfloat16
 LIKE = torch.empty(0).as_subclass(OnCard)
 CARD = torch.device("cuda", 0)
 TRIALS: list[tuple[Callable[[torch.Tensor], None], int]] = [
-    (trial.try_products, 18),
+    (trial.try_products, 26),
     (trial.try_step, 6),
     (partial(trial.try_attention, group=1, head_dim=128, cached=HALF), 2),
     (partial(trial.try_attention, group=3, head_dim=64, cached=INT8), 2),
@@ -38,7 +40,7 @@ def test_all_kernels_pass(
 def test_a_wrong_result_is_found(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(*arguments: Any, **of_a_card: object) -> None:
         attend_sums_reference(*arguments)
-        out = arguments[-2]
+        out = arguments[-1]
         out[0, 0, 0] += wrong
 
     monkeypatch.setattr(trial, "attend_sums", attend)
@@ -46,15 +48,34 @@ def test_a_wrong_result_is_found(wrong: float, monkeypatch: pytest.MonkeyPatch) 
         trial.try_attention(torch.empty(0), 1, 64, HALF)
 
 
-def test_adapters_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(*arguments: Any, **of_a_card: object) -> None:
-        *rest, _ = arguments
-        without: list[Any] = [*rest, None]
-        attend_sums_reference(*without)
+LEFT_OUT = [
+    (trial.try_products, trial, "nf4_matmul_tiled", Shrinking, "a product of 3 rows"),
+    (trial.try_products, trial, "nf4_matmul_tiled", Expanding, "a product of 3 rows"),
+    (trial.try_step, decode_step, "begin_residual", Shrinking, "the first residual"),
+    (trial.try_step, decode_step, "add_to_residual", Shrinking, "a residual"),
+    (trial.try_step, decode_step, "add_to_residual", Expanding, "a residual"),
+    (trial.try_step, decode_step, "silu_mul_sums", Expanding, "SwiGLU"),
+]
 
-    monkeypatch.setattr(trial, "attend_sums", attend)
-    with pytest.raises(RuntimeError, match="attention in 1 blocks differs from its reference by"):
-        trial.try_attention(torch.empty(0), 1, 64, HALF)
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(("attempt", "module", "name", "kind", "what"), LEFT_OUT)
+def test_adapters_that_are_left_out_are_found(
+    attempt: Callable[[torch.Tensor], None],
+    module: ModuleType,
+    name: str,
+    kind: type[Shrinking | Expanding],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reference = getattr(module, f"{name}_reference")
+
+    def leave_out(*arguments: Any) -> None:
+        reference(*(None if isinstance(each, kind) else each for each in arguments))
+
+    monkeypatch.setattr(module, name, leave_out)
+    with pytest.raises(RuntimeError, match=f"{what} differs from its reference by"):
+        attempt(LIKE)
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ class BlockPool:
         for block in hits:
             self._share(block)
         fresh = self.blocks_for(len(sequence.tokens)) - len(hits)
-        sequence.block_table = hits + [self._take() for _ in range(fresh)]
+        # in order: blocks that follow each other are read without a copy
+        sequence.block_table = hits + sorted(self._take() for _ in range(fresh))
         sequence.num_cached_tokens = len(hits) * self.block_size
         self._coming.update(self._expected(sequence)[len(hits) :])
 

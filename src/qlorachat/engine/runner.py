@@ -141,7 +141,7 @@ class Runner:
         chunks = self._chunks(rows)
         # listed on the device: Python takes a third of a millisecond and more for a long prompt
         places = [
-            _cache_slots(chunk.blocks, self._cache.block_size)[row.start : row.end]
+            _cache_slots(chunk.blocks, self._cache)[row.start : row.end]
             for row, chunk in zip(rows, chunks, strict=True)
         ]
         positions = [
@@ -180,9 +180,16 @@ class Runner:
         for row in rows:
             blocks = row.block_table[: -(-row.end // self._cache.block_size)]
             end = start + row.num_tokens
-            chunks.append(PrefillChunk(start, end, row.end, self._tensor(blocks, torch.int64)))
+            chunks.append(PrefillChunk(start, end, row.end, self._find(blocks)))
             start = end
         return chunks
+
+    def _find(self, blocks: Sequence[int]) -> torch.Tensor | slice:
+        """A slice of the cache where they follow each other, as they mostly do."""
+        first, end = blocks[0], blocks[0] + len(blocks)
+        if list(blocks) == list(range(first, end)):
+            return slice(first, end)
+        return self._tensor(blocks, torch.int64)
 
     def _place_adapter(self, row: ScheduledRow) -> None:
         """See to it that the row's slot holds its adapter; the copy is one more piece of work
@@ -207,10 +214,14 @@ class Runner:
         return to_device(torch.tensor(values, dtype=dtype), self._device)
 
 
-def _cache_slots(blocks: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Where the positions of a sequence's blocks, int64, are in the cache: int32, in order."""
-    offsets = torch.arange(block_size, device=blocks.device)
-    return (blocks[:, None] * block_size + offsets).flatten().int()
+def _cache_slots(blocks: torch.Tensor | slice, cache: KVCache) -> torch.Tensor:
+    """Where the positions of a sequence's blocks are in the cache: int32, in order."""
+    size, device = cache.block_size, cache.keys.device
+    if isinstance(blocks, slice):
+        return torch.arange(
+            blocks.start * size, blocks.stop * size, dtype=torch.int32, device=device
+        )
+    return (blocks[:, None] * size + torch.arange(size, device=device)).flatten().int()
 
 
 def _last_positions(rows: Sequence[ScheduledRow]) -> list[int]:

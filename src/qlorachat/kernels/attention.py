@@ -87,8 +87,13 @@ def paged_decode_attention_reference(
     return mixed.masked_fill(context_lengths[:, None, None] == 0, 0)
 
 
-def read_blocks(cache: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values of these blocks, [positions, G, D], in `dtype`; blocks: int64."""
+def read_blocks(
+    cache: torch.Tensor, blocks: torch.Tensor | slice, dtype: torch.dtype
+) -> torch.Tensor:
+    """Keys or values of these blocks, [positions, G, D], in `dtype`; blocks: int64, or a slice.
+
+    Of a slice, where nothing has to be widened, a view.
+    """
     return eight_bits.widen(cache[blocks], dtype).flatten(0, 1)
 
 

@@ -17,7 +17,7 @@ from qlorachat.user_cache import cache_root
 
 log = logging.getLogger(__name__)
 
-HEADERS = ("common.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh")
+HEADERS = ("common.cuh", "lora.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh")
 
 # How a Hopper processor splits its 256 kB in a fused step, in % of the most that shared memory may
 # have: one split for every kernel, so that none waits for another.

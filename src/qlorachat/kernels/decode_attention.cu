@@ -252,7 +252,7 @@ struct Cache {
 };
 
 __device__ __forceinline__ void attend(float* sums, const float* squares, const Cache& cache, const u16* cos,
-                                       const u16* sin, u16* out, const Adapters& adapters, float share, float eps,
+                                       const u16* sin, u16* out, float share, float eps,
                                        float scale, int padded, float* split_sums, int* arrived) {
   constexpr int COLUMNS = WIDTH + 2 * HEAD_DIM, ITEMS = (COLUMNS + THREADS - 1) / THREADS;
   const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
@@ -269,7 +269,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
 
   // Positions start to stop are this block's, all from earlier steps; the owner has the new one too.
   const int length = __ldg(cache.lengths + row), slot = __ldg(cache.slots + row);
-  const int position = __ldg(cache.positions + row), adapter = adapters.a ? __ldg(adapters.slots + row) : 0;
+  const int position = __ldg(cache.positions + row);
   const int shift = cache.block_shift, blocks = (length + (1 << shift) - 1) >> shift;
   const int span = (blocks + splits - 1) / splits << shift, start = split * span;
   const int stop = min(start + span, length - 1);
@@ -320,15 +320,6 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     const int part = (column - WIDTH) / HEAD_DIM;
     return (kv_heads * GROUP + part * kv_heads + kv_head) * HEAD_DIM + (column - WIDTH) % HEAD_DIM;
   };
-  // Columns that this block leaves, and the adapter's A of them: on its way to the L2.
-  const int part = Splits::part(), first = kv_head * WIDTH + Splits::first();
-  const u16* a = adapters.a + static_cast<u64>(max(adapter - 1, 0)) * adapters.ranks * (kv_heads * WIDTH) + first;
-  auto find_a = [&](int rank, int column) {
-    return a + static_cast<u64>(rank) * (kv_heads * WIDTH) + column;
-  };
-  if (adapter)
-    for (int rank = tid; rank < adapters.ranks; rank += THREADS)
-      for (int column = 0; column < part; column += 64) prefetch(find_a(rank, column));
   u16 cosines[ITEMS], sines[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
@@ -462,31 +453,6 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       }
     }
   }
-  // A x of a block's columns: eight lanes have a rank, eight neighbouring columns each. The first pieces of A
-  // come while sums are put together.
-  constexpr int HELD = 2;
-  struct Piece {
-    int rank = 0, column = 0;  // of 16 ranks and 64 columns
-    __device__ __forceinline__ void next(int part) {
-      column += 64;
-      if (column < part) return;
-      column = 0;
-      rank += 16;
-    }
-  };
-  const int own_rank = tid >> 3, own_column = (tid & 7) * 8;  // in a piece
-  uint4 words[HELD];
-  Piece loading, adding;
-  auto load = [&] {
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-      const bool inside = adapter && loading.rank < adapters.ranks && loading.column + own_column < part;
-      words[i] = make_uint4(0, 0, 0, 0);
-      if (inside) words[i] = __ldg(reinterpret_cast<const uint4*>(find_a(loading.rank + own_rank, loading.column + own_column)));
-      loading.next(part);
-    }
-  };
-  load();
   // A warp's sums take the place of what it read.
   auto mixed_of = [&](int warp) { return reinterpret_cast<float*>(shared + warp * STAGES * STAGE_BYTES); };
   static_assert(WIDTH * 4 <= STAGES * STAGE_BYTES, "no room for a warp's sums");
@@ -504,10 +470,9 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     }
   }
   __syncthreads();
-  float* left = scratch.queries;  // what this block leaves, rounded
+  const int first = kv_head * WIDTH + Splits::first();  // column of those that this block leaves
   auto store = [&](int column, float mixed, float total) {
     const float mean = rounded(total > 0.f ? mixed / total : 0.f);
-    left[column] = mean;
     out[tiled_at(row, first + column, padded)] = static_cast<u16>(__float_as_uint(mean) >> 16);
   };
   if (splits > 1) scratch.all.wait_for_others();
@@ -527,51 +492,18 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   }
   if (splits > 1) {
     if (!scratch.all.meet()) return;
-    for (int column = tid; column < part; column += THREADS) {
+    for (int column = tid; column < Splits::part(); column += THREADS) {
       const Sum sum = scratch.all.put_together(Splits::first() + column);
       store(column, sum.mixed, sum.total);
       own[first + column] = 0.f;
-    }
-  }
-  if (!adapter) return;
-  __syncthreads();
-  float* shrunk = adapters.shrunk + (static_cast<u64>(row) * adapters.count + adapter - 1) * adapters.ranks;
-  float* gathered = scratch.qkv;  // A x of 64 ranks: added whole, for an L2 adds few bytes as slowly as many
-  float sum = 0.f;
-  for (; adding.rank < adapters.ranks; load()) {
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-      if (adding.rank == adapters.ranks) break;
-      if (adding.column + own_column < part) {
-        const float* x = left + adding.column + own_column;
-        const u32 pairs[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) sum += low_half(pairs[e]) * x[2 * e] + high_half(pairs[e]) * x[2 * e + 1];
-      }
-      const int rank = adding.rank;
-      adding.next(part);
-      if (adding.rank == rank) continue;
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if ((tid & 7) == 0) gathered[rank % 64 + own_rank] = sum;
-      sum = 0.f;
-      const bool more = adding.rank < adapters.ranks;
-      if (adding.rank % 64 && more) continue;
-      __syncthreads();
-      const int begin = rank - rank % 64 + tid * 4;
-      const float4 four = reinterpret_cast<const float4*>(gathered)[tid & 15];
-      if (begin < adding.rank) add_four(shrunk + begin, four.x, four.y, four.z, four.w);
-      if (more) __syncthreads();
     }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
     float* sums, const float* squares, Cached* keys, Cached* values, const int* tables, const int* lengths,
-    const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out, const u16* lora_a,
-    const int* lora_slots, float* shrunk, int count, int ranks, int table_stride, int block_shift, float share, float eps,
-    float scale, int padded, float* split_sums, int* arrived) {
+    const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out,
+    int table_stride, int block_shift, float share, float eps, float scale, int padded, float* split_sums, int* arrived) {
   attend(sums, squares, {keys, values, tables, lengths, cache_slots, positions, table_stride, block_shift}, cos, sin, out,
-         {lora_a, lora_slots, shrunk, count, ranks}, share, eps, scale, padded, split_sums,
-         arrived);
+         share, eps, scale, padded, split_sums, arrived);
 }

@@ -8,7 +8,6 @@ import torch
 
 from qlorachat.kernels import cuda_source, eight_bits
 from qlorachat.kernels.attention import paged_decode_attention_reference
-from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
 from qlorachat.kernels.device import count_processors, starts_early
 from qlorachat.kernels.rotary import rope_and_cache_reference
 from qlorachat.kernels.sums import LateNorm, check_sums, take_sums_reference
@@ -119,16 +118,15 @@ def attend_sums(
     context: PagedContext,
     scale: float,
     out: torch.Tensor,
-    shrinking: Shrinking | None,
     meeting: Meeting | None = None,
     splits: int | None = None,
 ) -> None:
-    """`rope_and_cache`, then `paged_decode_attention`, of q|k|v = sums / rms; and A x of that.
+    """`rope_and_cache`, then `paged_decode_attention`, of q|k|v = sums / rms.
 
     sums: float32 [M, (H + 2G) * D], cleared; rounded once. norm: of [M]. out: tiled
-    [blocks, P, 64], of [M, H * D], bfloat16 on a card; its padding stays as it is. shrinking: the
-    adapters of the product that follows. meeting: must be there on a card without clusters.
-    splits: a power of two up to 8, how many blocks share one context; None: chosen.
+    [blocks, P, 64], of [M, H * D], bfloat16 on a card; its padding stays as it is. meeting: must
+    be there on a card without clusters. splits: a power of two up to 8, how many blocks share one
+    context; None: chosen.
     """
     rows, columns = sums.shape
     block_size, kv_heads = context.key_cache.shape[1:3]
@@ -142,10 +140,8 @@ def attend_sums(
     check_sums(sums)
     norm.check(rows)
     context.check(rows, out.dtype)
-    if shrinking is not None:
-        shrinking.check(rows, heads * head_dim, out.dtype)
     if not out.is_cuda:
-        attend_sums_reference(sums, norm, context, scale, out, shrinking)
+        attend_sums_reference(sums, norm, context, scale, out)
         return
     assert out.dtype == torch.bfloat16
     width = context.block_tables.shape[1]
@@ -167,7 +163,7 @@ def attend_sums(
     arguments = (
         *(sums, norm.squares, context.key_cache, context.value_cache),
         *(context.block_tables, context.context_lengths, context.slots, context.positions),
-        *(context.cos, context.sin, out, *shrinking_arguments(shrinking)),
+        *(context.cos, context.sin, out),
         *(context.block_tables.stride(0), block_size.bit_length() - 1),
         *(1 / norm.width, norm.eps),
         *(scale * _LOG2_E, out.shape[1]),
@@ -194,16 +190,17 @@ def attend_sums_reference(
     context: PagedContext,
     scale: float,
     out: torch.Tensor,
-    shrinking: Shrinking | None,
 ) -> None:
-    """`attend_sums` in plain torch."""
+    """`attend_sums` in plain torch; scores and weights are float32, as the kernel's."""
     qkv = (take_sums_reference(sums) * norm.factors()).to(out.dtype)
     *places, tables, lengths = context
-    q = rope_and_cache_reference(qkv, *places)
-    caches = (context.key_cache, context.value_cache)
-    mixed = paged_decode_attention_reference(q, *caches, tables, lengths, scale)
-    write_tiled(mixed.flatten(1), out)
-    shrink_reference(mixed.flatten(1), shrinking)
+    q = rope_and_cache_reference(qkv, *places).float()
+    keys, values = (
+        eight_bits.widen(cache, torch.float32).float()
+        for cache in (context.key_cache, context.value_cache)
+    )
+    mixed = paged_decode_attention_reference(q, keys, values, tables, lengths, scale)
+    write_tiled(mixed.flatten(1).to(out.dtype), out)
 
 
 def _choose_splits(contexts: int, width: int, device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """LoRA in a fused decode step of M rows, each with the slot of its adapter.
 
-Whoever makes the x of a product also multiplies it by the adapters' A; the product adds B. A slot
-is 0 for none; slot s is [s - 1] of A and B.
+A x is computed by who makes x, or beside the product; then B (A x) is added beside the product, or
+by who reads its sums. A slot is 0 for none; slot s is [s - 1] of A and B.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Shrinking(NamedTuple):
     """shrunk += A x, of each row's own slot.
 
     a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts of the product that follows,
-    is a multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R].
+    is a multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R]; atomic adds, in no order.
     """
 
     a: torch.Tensor
@@ -63,6 +63,17 @@ class Expanding(NamedTuple):
         assert all(tensor.is_contiguous() for tensor in self)
 
 
+def beside_arguments(lora: Shrinking | Expanding | None) -> Sequence[Argument]:
+    """What the products' sources call lora_a, shrunk, lora_b and so on, to ranks."""
+    if lora is None:
+        return None, None, None, None, None, 0, 0
+    if isinstance(lora, Shrinking):
+        count, ranks, _ = lora.a.shape
+        return lora.a, lora.shrunk, None, lora.slots, None, count, ranks
+    count, _, ranks = lora.b.shape
+    return None, lora.shrunk, lora.b, lora.slots, lora.scales, count, ranks
+
+
 def shrinking_arguments(shrinking: Shrinking | None) -> Sequence[Argument]:
     """What the sources call lora_a, lora_slots, shrunk, count and ranks."""
     if shrinking is None:
@@ -71,7 +82,7 @@ def shrinking_arguments(shrinking: Shrinking | None) -> Sequence[Argument]:
 
 
 def expanding_arguments(expanding: Expanding | None) -> Sequence[Argument]:
-    """What the sources call shrunk, lora_b, lora_slots, lora_scales, count and ranks."""
+    """What the sources call lora_shrunk, lora_b, lora_slots, lora_scales, count and ranks."""
     if expanding is None:
         return None, None, None, None, 0, 0
     return *expanding, len(expanding.b), expanding.b.shape[2]

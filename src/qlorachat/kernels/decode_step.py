@@ -14,7 +14,14 @@ import torch
 from qlorachat.kernels import cuda_source
 from qlorachat.kernels.activation import silu_mul_reference
 from qlorachat.kernels.cuda_source import Argument
-from qlorachat.kernels.decode_lora import Shrinking, shrink_reference, shrinking_arguments
+from qlorachat.kernels.decode_lora import (
+    Expanding,
+    Shrinking,
+    expand_reference,
+    expanding_arguments,
+    shrink_reference,
+    shrinking_arguments,
+)
 from qlorachat.kernels.sums import LateNorm, check_squares, check_sums, take_sums_reference
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
@@ -61,28 +68,32 @@ def add_to_residual(
     weight: torch.Tensor | None,
     x: torch.Tensor | None,
     squares: torch.Tensor | None,
+    expanding: Expanding | None,
     shrinking: Shrinking | None,
 ) -> None:
     """residual += sums, in place; then x, squares and A x as `begin_residual` leaves them.
 
-    sums: float32 [M, width], cleared. residual: [M, width], contiguous; what is added is rounded to
-    its dtype before the addition. The rest as in `begin_residual`, or all None.
+    sums: float32 [M, width], cleared; what `expanding` says is added to them first. residual:
+    [M, width], contiguous; what is added is rounded to its dtype before the addition. The rest as
+    in `begin_residual`, or all None.
     """
     rows, width = residual.shape
     assert sums.shape == residual.shape
     assert residual.is_contiguous()
     check_sums(sums)
+    if expanding is not None:
+        expanding.check(rows, (width,), residual.dtype)
     if weight is None or x is None or squares is None:
         assert weight is x is squares is None
         assert shrinking is None
     else:
         _check_normed(weight, x, residual, squares, shrinking)
     if not residual.is_cuda:
-        add_to_residual_reference(sums, residual, weight, x, squares, shrinking)
+        add_to_residual_reference(sums, residual, weight, x, squares, expanding, shrinking)
         return
     arguments = (
-        *(sums, residual, weight, x, squares, *shrinking_arguments(shrinking)),
-        *(rows, width, 0 if x is None else x.shape[1]),
+        *(sums, residual, weight, x, squares, *expanding_arguments(expanding)),
+        *(*shrinking_arguments(shrinking), rows, width, 0 if x is None else x.shape[1]),
     )
     assert width % 64 == 0
     _launch("add_to_residual", width, rows, arguments, residual)
@@ -92,13 +103,12 @@ def silu_mul_sums(
     sums: torch.Tensor,
     norm: LateNorm,
     x: torch.Tensor,
-    shrinking: Shrinking | None,
+    expanding: Expanding | None,
 ) -> None:
-    """`silu_mul` of gate|up = sums / rms, rounded once, tiled; and A x of it.
+    """`silu_mul` of gate|up = sums / rms, rounded once, tiled.
 
-    sums: float32 [M, 2 * width], cleared; width is a multiple of 64. norm: of [M]. x: tiled
-    [blocks, P, 64], contiguous; bfloat16 on a card. shrinking: the adapters of the product that
-    follows.
+    sums: float32 [M, 2 * width], cleared; width is a multiple of 64; what `expanding` says is added
+    to them first. norm: of [M]. x: tiled [blocks, P, 64], contiguous; bfloat16 on a card.
     """
     rows, outputs = sums.shape
     assert outputs % 2 == 0
@@ -107,13 +117,13 @@ def silu_mul_sums(
     assert x.is_contiguous()
     check_sums(sums)
     norm.check(rows)
-    if shrinking is not None:
-        shrinking.check(rows, outputs // 2, x.dtype)
+    if expanding is not None:
+        expanding.check(rows, (outputs // 2,) * 2, x.dtype)
     if not x.is_cuda:
-        silu_mul_sums_reference(sums, norm, x, shrinking)
+        silu_mul_sums_reference(sums, norm, x, expanding)
         return
     arguments = (
-        *(sums, norm.squares, x, *shrinking_arguments(shrinking)),
+        *(sums, norm.squares, x, *expanding_arguments(expanding)),
         *(outputs // 2, 1 / norm.width, norm.eps, rows, x.shape[1]),
     )
     _launch("silu_mul", outputs // 2, rows, arguments, x)
@@ -139,9 +149,11 @@ def add_to_residual_reference(
     weight: torch.Tensor | None,
     x: torch.Tensor | None,
     squares: torch.Tensor | None,
+    expanding: Expanding | None,
     shrinking: Shrinking | None,
 ) -> None:
     """`add_to_residual` in plain torch."""
+    expand_reference(sums, expanding, (residual.shape[1],))
     residual += take_sums_reference(sums).to(residual.dtype)
     if weight is not None and x is not None and squares is not None:
         _put_off_norm(residual, weight, x, squares, shrinking)
@@ -151,12 +163,12 @@ def silu_mul_sums_reference(
     sums: torch.Tensor,
     norm: LateNorm,
     x: torch.Tensor,
-    shrinking: Shrinking | None,
+    expanding: Expanding | None,
 ) -> None:
     """`silu_mul_sums` in plain torch."""
+    expand_reference(sums, expanding, (sums.shape[1] // 2,) * 2)
     active = silu_mul_reference((take_sums_reference(sums) * norm.factors()).to(x.dtype))
     write_tiled(active, x)
-    shrink_reference(active, shrinking)
 
 
 def _put_off_norm(

@@ -6,10 +6,11 @@
 
 #include "common.cuh"
 
-constexpr int TABLE = 65536;  // bytes
+constexpr int TABLE = 65536, SCALES = 1024;  // bytes
 
 // Entry b of the table, at b * 256: 32 copies, one a lane, of the weights of the nibbles of b (high
-// nibble first, as bitsandbytes stores them), then 32 of the float32 that absmax byte b stands for.
+// nibble first, as bitsandbytes stores them), then 32 of the float32 that absmax byte b stands for; or
+// these one by one behind the table, where the second halves of entries are needed for other things.
 
 // Where `shared` begins in shared memory: known to the compiler, it costs no instruction.
 #ifndef SHARED_BASE
@@ -42,7 +43,7 @@ template <int THREADS> struct TableEntries {
       scales[i] = __ldg(reinterpret_cast<const u32*>(code2) + entry);
     }
   }
-  __device__ __forceinline__ void fill() const {
+  template <bool SCALE_COPIES> __device__ __forceinline__ void fill() const {
     if (__cvta_generic_to_shared(shared) != SHARED_BASE) __trap();
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
@@ -52,8 +53,9 @@ template <int THREADS> struct TableEntries {
       for (int j = 0; j < 8; j++) {
         const int at = (j + entry) & 7;  // spreads the stores over the banks
         reinterpret_cast<uint4*>(shared + entry * 256)[at] = make_uint4(pairs[i], pairs[i], pairs[i], pairs[i]);
-        reinterpret_cast<uint4*>(shared + entry * 256 + 128)[at] = make_uint4(scales[i], scales[i], scales[i], scales[i]);
+        if (SCALE_COPIES) reinterpret_cast<uint4*>(shared + entry * 256 + 128)[at] = make_uint4(scales[i], scales[i], scales[i], scales[i]);
       }
+      if (!SCALE_COPIES) reinterpret_cast<u32*>(shared + TABLE)[entry] = scales[i];
     }
   }
 };

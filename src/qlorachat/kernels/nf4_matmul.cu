@@ -1,11 +1,11 @@
-// sums += W x for few rows of x, and the adapters' B (A x) in the same launch, on any card from Ampere
-// on (mma.sync).
+// sums += W x for few rows of x, and what its adapters ask for beside it, in one launch, on any card from
+// Ampere on (mma.sync).
 //
 // Weights are the wide operand (A) of mma.m16n8k16, rows of x the narrow one (B): 1 to 8 rows cost the
-// same. A warp has 16 rows of the weight and loads their bytes to its registers, one or two units ahead; x,
-// tiled, comes to shared memory for all of a block. Further warps add the adapters' share. Blocks share
-// the work as one long list of units, HEIGHT rows by 256 k each, in equal runs (stream-K); where a run
-// leaves a row block, its float32 sums are added in global memory.
+// same. Both come to shared memory, a unit ahead: x for all of a block, and to each warp its own 16 rows of
+// the weight. Further warps see to the adapters. Blocks share the work as one long list of units, HEIGHT rows
+// by 256 k each, in equal runs (stream-K); where a run leaves a row block, its float32 sums are added in
+// global memory.
 
 #include "nf4_matmul.cuh"
 
@@ -13,51 +13,24 @@ constexpr int WARPS = 8, HEIGHT = WARPS * 16;  // of the product
 constexpr int HELPERS = 4;                     // warps for the adapters
 constexpr int THREADS = (WARPS + HELPERS) * 32;
 
-// A unit's x comes in PARTS, each a stage of a ring.
+// A block's dynamic shared memory: the table, of whose entries the second halves hold two units' weights, a
+// row each; absmax bytes of two units; x. A unit's x comes in PARTS, of which there is room for two.
 template <int P> struct Layout {
-  static constexpr int PARTS = P == 64 ? 2 : 1, STAGES = P > 16 ? 2 : 3;
-  static constexpr int BLOCKS = CHUNK / PARTS, BYTES = BLOCKS * P * 128, PIECES = (BYTES - 1) / (WARPS * 512) + 1;
-  static constexpr int TOGETHER = P > 16 ? 1 : 2;  // units that a warp asks for at once
+  static constexpr int PARTS = P == 64 ? 2 : 1, BLOCKS = CHUNK / PARTS, X_BYTES = BLOCKS * P * 128;
+  static constexpr u32 W = SHARED_BASE + 128, ABSMAX = SHARED_BASE + TABLE + SCALES, X = ABSMAX + 2 * HEIGHT * CHUNK;
 };
 
-// Leaves what is there unless `wanted`, without a branch: after one, the compiler would move what was
-// loaded to other registers, and wait for it there. Not .nc: such a load is moved behind a barrier.
-__device__ __forceinline__ void load_if(bool wanted, uint2& into, const u8* at) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2]; }"
-               : "+r"(into.x), "+r"(into.y) : "l"(at), "r"(static_cast<u32>(wanted)));
+// Of two, where unit or part `number` is.
+__device__ __forceinline__ u32 stage_of(u32 base, int number, int bytes) { return base + (number & 1) * bytes; }
+
+// BYTES into shared memory; zeros unless `wanted`.
+template <int BYTES> __device__ __forceinline__ void copy(u32 to, const void* from, bool wanted) {
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(wanted ? 4 : 0) : "memory");
+  }
 }
-
-// What a lane has of a unit: weights 16 t to 16 t + 15 of each block, t = lane % 4, in rows lane / 4 and
-// 8 further.
-template <bool ALIGNED> struct Unit {
-  uint2 words[CHUNK][2];
-  u32 absmax[2];
-  Scales<ALIGNED> scales;
-
-  // zero: none of this is asked for before it is known.
-  __device__ __forceinline__ void load(const Matrix& m, int group, int item, bool wanted, u32 zero) {
-    const int lane = threadIdx.x & 31, row = group * 16 + (lane >> 2);
-    const u8* at = m.packed + static_cast<u64>(row) * (m.columns >> 1) + item * CHUNK * 32 + (lane & 3) * 8 + zero;
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) {
-      const bool inside = ALIGNED || item * CHUNK + j < m.columns >> 6;
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        load_if(wanted && inside, words[j][half], at + j * 32 + static_cast<u64>(half * 8) * (m.columns >> 1));
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      absmax[half] = __ldg(reinterpret_cast<const u32*>(find_absmax(m, row + half * 8, item) + zero));
-    scales.load(m, find_part(m, group * 16), row + zero, item);  // parts are whole groups
-  }
-  // Known when all of it is there; `zero` is one that the compiler does not know.
-  __device__ __forceinline__ u32 arrive(u32 zero) const {
-    u32 all = __float_as_uint(scales.groups[0][0]) ^ __float_as_uint(scales.groups[1][0]) ^ absmax[0] ^ absmax[1];
-#pragma unroll
-    for (int j = 0; j < CHUNK; j++) all ^= words[j][0].y ^ words[j][1].y;
-    return all & zero;
-  }
-};
 
 // The warps of the product, not the others.
 __device__ __forceinline__ void wait_for_warps() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
@@ -69,15 +42,15 @@ __device__ __forceinline__ void load_matrices(u32 (&into)[4], u32 at) {
 }
 
 template <int P, bool ALIGNED>
-__device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& adapters, const u32* pairs,
-                                           const float* code2, const u8* x, float* sums, int x_rows) {
+__device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside, const u32* pairs, const float* code2,
+                                           const u8* x, float* sums, int x_rows) {
   using L = Layout<P>;
   // A product waits for the one before it on the same sums: others come between.
   constexpr int TILES = P / 8, BESIDE = TILES < 4 ? TILES : 4, CHAINS = TILES == 1 ? 2 : 1;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = lane & 3;
   let_next_start();
   if (warp >= WARPS) {
-    if (adapters.b) Expansion<P>(adapters, m)(sums, x_rows, blockIdx.x * HELPERS + warp - WARPS, gridDim.x * HELPERS);
+    beside.template add<P>(m, x, sums, x_rows, blockIdx.x * HELPERS + warp - WARPS, gridDim.x * HELPERS);
     return;
   }
   const int items = ((m.columns >> 6) + CHUNK - 1) / CHUNK, last_group = m.rows / 16 - 1;
@@ -86,56 +59,85 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
   const int steps = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - begin;
 
   const TableEntries<WARPS * 32> entries(pairs, code2);
+  // Lane 4 g + t has rows 2 (g % 4) + g / 4 and 8 further, as it reads them: no two of 16 lanes then share a
+  // bank, for a row's 16-byte pieces are stored at their place xor its last three bits.
+  const int own_row = (lane >> 2 & 3) * 2 + (lane >> 4);
   Walk computing(items, begin), loading(items, begin);
-  Unit<ALIGNED> held[2][L::TOGETHER];  // those that are computed, and the next
-  int loaded = 0, computed = 0;
-  auto load_next = [&](Unit<ALIGNED> (&units)[L::TOGETHER], u32 zero) {
+  Scales<ALIGNED> scales, next_scales;
+  int asked = 0, fetched = 0, x_part = begin % items * L::PARTS;
+  // A warp's rows of the next unit: eight lanes have one of 128 bytes. Those past the weight's last are as those
+  // before.
+  auto ask_for_weights = [&](Scales<ALIGNED>& scales) {
+    const int number = asked++;
+    if (number >= steps) return;
+    const int group = min(loading.row_block * WARPS + warp, last_group), row_bytes = m.columns >> 1;
+    const int byte = loading.item * CHUNK * 32 + (lane & 7) * 16;
+    const u32 to = stage_of(L::W, number, HEIGHT * 256) + warp * 16 * 256;
 #pragma unroll
-    for (Unit<ALIGNED>& unit : units) {
-      unit.load(m, min(loading.row_block * WARPS + warp, last_group), loading.item, loaded++ < steps, zero);
-      loading.next(items);
+    for (int i = 0; i < 4; i++) {
+      const int row = 4 * i + (lane >> 3);
+      const u8* from = m.packed + static_cast<u64>(group * 16 + row) * row_bytes + byte;
+      copy<16>(to + row * 256 + (((lane ^ row) & 7) << 4), from, ALIGNED || byte < row_bytes);
     }
+    if (lane < 16) copy<4>(stage_of(L::ABSMAX, number, HEIGHT * CHUNK) + (warp * 16 + lane) * CHUNK, find_absmax(m, group * 16 + lane, loading.item), true);
+    scales.load(m, find_part(m, group * 16), group * 16 + own_row, loading.item);  // parts are whole groups
+    loading.next(items);
   };
-  load_next(held[0], 0);
-  entries.fill();
-  wait_for_warps();  // for their entries
-  wait_for_previous();
-
-  int fetched = 0, x_part = begin % items * L::PARTS;
-  auto stage_of = [](int part) { return SHARED_BASE + TABLE + part % L::STAGES * L::BYTES; };
   auto fetch_x = [&] {
-    if (fetched < steps * L::PARTS) {
-      const u8* from = x + static_cast<u64>(x_part) * L::BYTES + threadIdx.x * 16;
-      const u32 to = stage_of(fetched) + threadIdx.x * 16;
+    if (fetched == steps * L::PARTS) return;
+    const u8* from = x + static_cast<u64>(x_part) * L::X_BYTES;
+    const u32 to = stage_of(L::X, fetched++, L::X_BYTES);
 #pragma unroll
-      for (int i = 0; i < L::PIECES; i++)
-        if (threadIdx.x * 16 + i * WARPS * 512 < L::BYTES) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, 16;" ::"r"(to + i * WARPS * 32 * 16),
-                     "l"(from + i * WARPS * 32 * 16) : "memory");
-      if (++x_part == items * L::PARTS) x_part = 0;
-    }
-    fetched++;
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    for (int at = 0; at < L::X_BYTES; at += WARPS * 512)
+      copy<16>(to + at + threadIdx.x * 16, from + at + threadIdx.x * 16, true);
+    if (++x_part == items * L::PARTS) x_part = 0;
   };
-#pragma unroll
-  for (int stage = 0; stage < L::STAGES - 1; stage++) fetch_x();
+  auto commit = [] { asm volatile("cp.async.commit_group;" ::: "memory"); };
+  ask_for_weights(scales);
+  entries.fill<false>();
+  wait_for_previous();
+  fetch_x();
+  commit();
 
   const u32 own_x = (lane & 7) * 128 + ((lane >> 3 ^ (lane & 7)) << 4);  // this lane's row of the first four matrices
+  const u32 own_w = (warp * 16 + own_row) * 256 + ((t >> 1 ^ own_row) << 4) + (t & 1) * 8;
   float total[TILES][4] = {};
-  auto compute = [&](const Unit<ALIGNED>& unit) {
-    u32 a[16];  // of a block: decoded beside the products of the one before it
-    decode(unit.words[0], a);
+  for (int step = 0; step < steps; step++) {
+    u32 a[16], absmax[2];  // of a block: decoded beside the products of the one before it
+    const u32 weights = stage_of(L::W, step, HEIGHT * 256) - SHARED_BASE + own_w;
+    auto take = [&](int j, uint2 (&words)[2]) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) words[half] = *reinterpret_cast<const uint2*>(shared + (weights ^ j << 5) + half * 8 * 256);
+    };
 #pragma unroll
     for (int part = 0; part < L::PARTS; part++) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(L::STAGES - 2) : "memory");
-      wait_for_warps();  // for their x, and until none reads the stage that is filled next
+      if (part == 0) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+      } else {  // the next unit's weights may yet come
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+      }
+      wait_for_warps();  // for what they have copied, and until none reads what is filled next
       fetch_x();
-      const u32 stage = stage_of(computed * L::PARTS + part);
+      commit();
+      if (part == 0) {
+        ask_for_weights(next_scales);
+        commit();
+        uint2 words[2];
+        take(0, words);
+        decode(words, a);
+        const u32 at = stage_of(L::ABSMAX, step, HEIGHT * CHUNK) - SHARED_BASE + (warp * 16 + own_row) * CHUNK;
+#pragma unroll
+        for (int half = 0; half < 2; half++) absmax[half] = *reinterpret_cast<const u32*>(shared + at + half * 8 * CHUNK);
+      }
+      const u32 stage = stage_of(L::X, step * L::PARTS + part, L::X_BYTES);
       const u32 rows_at[2] = {stage + own_x, stage + (own_x ^ 64)};  // of the first and the second pair of products
 #pragma unroll
       for (int i = 0; i < L::BLOCKS; i++) {
         const int j = part * L::BLOCKS + i;
-        const float factors[2] = {unit.scales.factor(unit.absmax, 0, j), unit.scales.factor(unit.absmax, 1, j)};
+        const float factors[2] = {scales.template factor<false>(absmax, 0, j), scales.template factor<false>(absmax, 1, j)};
+        uint2 words[2];
         u32 next[16];
+        if (j + 1 < CHUNK) take(j + 1, words);
 #pragma unroll
         for (int first = 0; first < TILES; first += BESIDE) {
           float sum[BESIDE][CHAINS][4] = {};
@@ -151,7 +153,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
 #pragma unroll
               for (int c = 0; c < BESIDE; c++)
                 multiply(sum[c][s % CHAINS], own[0], own[1], own[2], own[3], b[c][2 * half], b[c][2 * half + 1]);
-              if (first == 0 && j + 1 < CHUNK) decode_step(unit.words[j + 1], s, next + 4 * s);
+              if (first == 0 && j + 1 < CHUNK) decode_step(words, s, next + 4 * s);
             }
           }
 #pragma unroll
@@ -166,47 +168,31 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const RowAdapters& a
         }
       }
     }
-    computed++;
+    scales = next_scales;
     const int group = computing.row_block * WARPS + warp;
-    if (!computing.next(items) && computed < steps) return;
+    if (!computing.next(items) && step + 1 < steps) continue;
     if (group <= last_group) {
 #pragma unroll
       for (int c = 0; c < TILES; c++)
-        add_tile(sums + static_cast<u64>(8 * c) * m.rows + group * 16, total[c], m.rows, (1u << max(0, min(8, x_rows - 8 * c))) - 1);
+        add_tile<16>(sums + static_cast<u64>(8 * c) * m.rows + group * 16, total[c], m.rows, (1u << max(0, min(8, x_rows - 8 * c))) - 1);
     }
 #pragma unroll
     for (int c = 0; c < TILES; c++)
 #pragma unroll
       for (int e = 0; e < 4; e++) total[c][e] = 0.f;
-  };
-  // A warp can't wait for some of its loads, only for all. So some units are asked for when those before are
-  // there, and come while these are computed.
-  const u32 zero = static_cast<u32>(x_rows) >> 31;
-  for (int step = 0; step < steps;) {
-#pragma unroll
-    for (int d = 0; d < 2; d++) {
-      if (step >= steps) break;
-      u32 none = zero;
-#pragma unroll
-      for (const Unit<ALIGNED>& unit : held[d]) none = unit.arrive(none);
-      load_next(held[1 - d], none);
-#pragma unroll
-      for (const Unit<ALIGNED>& unit : held[d])
-        if (step++ < steps) compute(unit);
-    }
   }
 }
 
-#define INSTANCE(NAME, P, ALIGNED)                                                                         \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                                 \
-      const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,      \
-      const u8* x, float* sums, const float* shrunk, const u16* lora_b, const int* lora_slots,             \
-      const float* lora_scales, int count, int ranks, int x_rows, int rows, int columns, int start1,       \
-      int start2, int group1, int group2, float offset0, float offset1, float offset2) {                   \
-    const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                              \
-                      group1, group2, offset0, offset1, offset2};                                          \
-    const RowAdapters adapters = {shrunk, lora_b, lora_slots, lora_scales, count, ranks};                  \
-    nf4_matmul<P, ALIGNED>(m, adapters, pairs, code2, x, sums, x_rows);                                    \
+#define INSTANCE(NAME, P, ALIGNED)                                                                          \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                            \
+      const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,       \
+      const u8* x, float* sums, const u16* lora_a, float* shrunk, const u16* lora_b, const int* lora_slots, \
+      const float* lora_scales, int count, int ranks, int x_rows, int rows, int columns, int start1,        \
+      int start2, int group1, int group2, float offset0, float offset1, float offset2) {                    \
+    const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                               \
+                      group1, group2, offset0, offset1, offset2};                                           \
+    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, count, ranks};                  \
+    nf4_matmul<P, ALIGNED>(m, beside, pairs, code2, x, sums, x_rows);                                       \
   }
 
 INSTANCE(nf4_matmul_8, 8, true)

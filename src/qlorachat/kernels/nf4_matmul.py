@@ -7,7 +7,13 @@ from typing import NamedTuple
 import torch
 
 from qlorachat.kernels import cuda_source
-from qlorachat.kernels.decode_lora import Expanding, expand_reference, expanding_arguments
+from qlorachat.kernels.decode_lora import (
+    Expanding,
+    Shrinking,
+    beside_arguments,
+    expand_reference,
+    shrink_reference,
+)
 from qlorachat.kernels.device import count_processors, is_hopper
 from qlorachat.kernels.nf4 import Nf4Matrix, dimensions, nf4_dequantize
 from qlorachat.kernels.tiles import rows_padded, tile, untile
@@ -41,11 +47,11 @@ def nf4_matmul_tiled(
     x: torch.Tensor,
     weight: Nf4Matrix,
     sums: torch.Tensor,
-    expanding: Expanding | None = None,
+    lora: Shrinking | Expanding | None = None,
     *,
     blocks: int | None = None,
 ) -> None:
-    """sums += weight x, and B (A x) of the adapters, in one launch; atomic adds, in no order.
+    """sums += weight x, and A x or B (A x) of adapters, in one launch; atomic adds, in no order.
 
     x: tiled [blocks, P, 64] (`tiles.tile`), P of 8, 16, 32 or 64 padded rows; bfloat16 on a card.
     sums: float32 [M, N], M of them real. The weight's two-level absmax is applied to each block's
@@ -59,10 +65,12 @@ def nf4_matmul_tiled(
     assert sums.shape == (rows, weight.rows)
     assert sums.dtype == torch.float32
     assert all(tensor.is_contiguous() for tensor in (x, sums))
-    if expanding is not None:
-        expanding.check(rows, weight.heights, x.dtype)
+    if isinstance(lora, Shrinking):
+        lora.check(rows, weight.columns, x.dtype)
+    elif lora is not None:
+        lora.check(rows, weight.heights, x.dtype)
     if not x.is_cuda:
-        nf4_matmul_tiled_reference(x, weight, sums, expanding)
+        nf4_matmul_tiled_reference(x, weight, sums, lora)
         return
     assert x.dtype == weight.pairs.dtype == torch.bfloat16
     hopper = is_hopper(x.device)
@@ -79,7 +87,7 @@ def nf4_matmul_tiled(
     arguments = (
         cuda_source.TileMap(packed) if hopper else packed,
         *(weight.absmax, weight.absmax2, weight.pairs, weight.code2, x, sums),
-        *(*expanding_arguments(expanding), rows, *dimensions(weight)),
+        *(*beside_arguments(lora), rows, *dimensions(weight)),
     )
     grid = (blocks or tuned or count_processors(x.device),)
     cuda_source.launch(function, grid, *instance, arguments, x.device, early=True)
@@ -89,19 +97,22 @@ def nf4_matmul_tiled_reference(
     x: torch.Tensor,
     weight: Nf4Matrix,
     sums: torch.Tensor,
-    expanding: Expanding | None = None,
+    lora: Shrinking | Expanding | None = None,
 ) -> None:
     """`nf4_matmul_tiled` in plain torch; the weights are written out in float32."""
     plain = untile(x, len(sums), weight.columns).float()
     sums += plain @ nf4_dequantize(weight).T
-    expand_reference(sums, expanding, weight.heights)
+    if isinstance(lora, Shrinking):
+        shrink_reference(plain, lora)
+    else:
+        expand_reference(sums, lora, weight.heights)
 
 
 def _instance(padded: int) -> _Instance:
     """`Layout` in nf4_matmul.cu: eight warps for the product, four for the adapters."""
     unit = _UNIT_BLOCKS * padded * 128  # bytes of x
-    x_bytes = {8: 3 * unit, 16: 3 * unit, 32: 2 * unit, 64: unit}[padded]
-    return _Instance(32 * (8 + 4), _TABLE_BYTES + x_bytes)
+    x_bytes = unit if padded == 64 else 2 * unit
+    return _Instance(32 * (8 + 4), _TABLE_BYTES + 1024 + 2 * 128 * _UNIT_BLOCKS + x_bytes)
 
 
 def _hopper_instance(padded: int) -> _Instance:

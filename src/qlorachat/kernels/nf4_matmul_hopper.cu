@@ -121,7 +121,7 @@ template <bool TAKES, int COUNT> __device__ __forceinline__ void move_registers(
 
 // OWN, OTHERS: registers of the product's threads and of the others, where they differ.
 template <int P, int GROUPS, int OWN, int OTHERS, bool ALIGNED>
-__device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix& m, const RowAdapters& adapters,
+__device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix& m, const Beside& beside,
                                            const u32* pairs, const float* code2, const u8* x, float* sums, int x_rows) {
   using L = Layout<P, GROUPS>;
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0), t = lane & 3;
@@ -137,8 +137,7 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
     move_registers<false, OTHERS>();
     if (warp > L::WARPS) {
       __syncthreads();
-      if (adapters.b)
-        Expansion<P>(adapters, m)(sums, x_rows, blockIdx.x * HELPERS + warp - L::WARPS - 1, gridDim.x * HELPERS);
+      beside.template add<P>(m, x, sums, x_rows, blockIdx.x * HELPERS + warp - L::WARPS - 1, gridDim.x * HELPERS);
       return;
     }
     Producer<P, GROUPS> producer = {packed, m, x, weights, rows, items, steps, Walk(items, begin), begin % items};
@@ -173,7 +172,7 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
   find_rows();
   Scales<ALIGNED> scales, next_scales;
   scales.load(m, part, group * 16 + own_row, loading.item);
-  TableEntries<L::WARPS * 32>(pairs, code2).fill();
+  TableEntries<L::WARPS * 32>(pairs, code2).template fill<true>();
   __syncthreads();
 
   const u32 own_bytes = warp * 2048 + own_row * 128 + ((t >> 1 ^ own_row) << 4) + (t & 1) * 8;
@@ -242,7 +241,7 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       float factors[2];  // absmax of a lane's two rows
 #pragma unroll
-      for (int half = 0; half < 2; half++) factors[half] = scales.factor(absmax, half, j);
+      for (int half = 0; half < 2; half++) factors[half] = scales.template factor<true>(absmax, half, j);
       if (j + 1 < CHUNK) {
         decode(words[j + 1], a[(j + 1) & 1]);
       } else if (more) {
@@ -262,17 +261,17 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
   }
 }
 
-#define INSTANCE(NAME, P, GROUPS, REGISTERS, OWN, OTHERS, ALIGNED)                                                   \
-  extern "C" __global__ void __maxnreg__(REGISTERS) NAME(                                               \
-      const __grid_constant__ TensorMap packed, const u8* absmax, const float* absmax2,                 \
-      const u32* pairs, const float* code2, const u8* x, float* sums, const float* shrunk,              \
-      const u16* lora_b, const int* lora_slots, const float* lora_scales, int count, int ranks,         \
-      int x_rows, int rows, int columns, int start1, int start2, int group1, int group2, float offset0, \
-      float offset1, float offset2) {                                                                   \
-    const Matrix m = {nullptr, absmax, absmax2, rows, columns, start1, start2,                          \
-                      group1, group2, offset0, offset1, offset2};                                       \
-    const RowAdapters adapters = {shrunk, lora_b, lora_slots, lora_scales, count, ranks};               \
-    nf4_matmul<P, GROUPS, OWN, OTHERS, ALIGNED>(&packed, m, adapters, pairs, code2, x, sums, x_rows);   \
+#define INSTANCE(NAME, P, GROUPS, REGISTERS, OWN, OTHERS, ALIGNED)                                  \
+  extern "C" __global__ void __maxnreg__(REGISTERS) NAME(                                           \
+      const __grid_constant__ TensorMap packed, const u8* absmax, const float* absmax2,             \
+      const u32* pairs, const float* code2, const u8* x, float* sums, const u16* lora_a,            \
+      float* shrunk, const u16* lora_b, const int* lora_slots, const float* lora_scales, int count, \
+      int ranks, int x_rows, int rows, int columns, int start1, int start2, int group1, int group2, \
+      float offset0, float offset1, float offset2) {                                                \
+    const Matrix m = {nullptr, absmax, absmax2, rows, columns, start1, start2,                      \
+                      group1, group2, offset0, offset1, offset2};                                   \
+    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, count, ranks};          \
+    nf4_matmul<P, GROUPS, OWN, OTHERS, ALIGNED>(&packed, m, beside, pairs, code2, x, sums, x_rows); \
   }
 
 INSTANCE(nf4_matmul_8, 8, 3, 80, 0, 0, true)

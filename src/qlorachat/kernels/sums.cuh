@@ -26,6 +26,31 @@ __device__ __forceinline__ void add_four(float* at, float a, float b, float c, f
 #endif
 }
 
+__device__ __forceinline__ void add_pair(float* at, float a, float b) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b) : "memory");
+#else
+  atomicAdd(at, a);
+  atomicAdd(at + 1, b);
+#endif
+}
+
+// Of 16 rows of the weight and 8 of x, as mma leaves them: added to sums from `to` on, for x's rows whose
+// bit is set. A lane has two rows of x for one of the weight; with the one that has the next row of the weight,
+// NEXT lanes away, it makes that one for two.
+template <int NEXT> __device__ __forceinline__ void add_tile(float* to, const float (&sum)[4], int outputs, u32 rows) {
+  const int lane = threadIdx.x & 31, row = NEXT == 4 ? lane >> 2 & 6 : (lane >> 2 & 3) * 2;
+  const bool odd = lane & NEXT;
+  const int x_row = 2 * (lane & 3) + (odd ? 1 : 0);
+  to += static_cast<u64>(x_row) * outputs + row;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float even_row = sum[2 * half], odd_row = sum[2 * half + 1];
+    const float got = __shfl_xor_sync(~0u, odd ? even_row : odd_row, NEXT);
+    if (rows >> x_row & 1) add_pair(to + 8 * half, odd ? got : even_row, odd ? odd_row : got);
+  }
+}
+
 // The place of (row, column) in a tiled x of P padded rows (tiles.py); a column and the next one, if
 // the first is even, are neighbours.
 __device__ __forceinline__ int tiled_at(int row, int column, int padded) {
@@ -38,10 +63,19 @@ __device__ __forceinline__ float inverse_rms(const float* squares, int row, floa
   return rsqrtf(__ldcg(squares + row) * share + eps);
 }
 
-// The adapters of the product that follows.
-struct Adapters {
-  const u16* a;      // [count, ranks, K], ranks of all parts; null: no row has an adapter
+// shrunk += A x, of a product's x: by who makes that, or beside the product.
+struct Shrinking {
+  const u16* a;      // [count, ranks, K], ranks of all parts; null: no row has an adapter, or not here
   const int* slots;  // of each row, from 1; 0 for none
-  float* shrunk;     // A x, [M, count * ranks], added to
+  float* shrunk;     // A x, [M, count * ranks]
+  int count, ranks;
+};
+
+// sums += scale * B (A x): beside the product, or by who reads its sums.
+struct Expanding {
+  const float* shrunk;  // A x, [M, count, parts, ranks]
+  const u16* b;         // [count, N, ranks]; null: no row has an adapter, or not here
+  const int* slots;     // of each row, from 1; 0 for none
+  const float* scales;  // of each row
   int count, ranks;
 };

@@ -6,7 +6,7 @@ launched or differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,15 +40,10 @@ def try_products(like: torch.Tensor) -> None:
         _compare("a weight written out", nf4_write_out(weight), nf4_dequantize(weight).to(HALF))
         for rows in (3, 16, 20, 64):
             x = tile(make.normal(rows, columns), rows_padded(rows))
-            expanding = Expanding(
-                shrunk=make.normal(rows, 2 * len(heights) * _RANK).float(),
-                b=make.normal(2, weight.rows, _RANK),
-                slots=make.slots(rows),
-                scales=make.ones(rows),
-            )
             sums = make.normal(rows, weight.rows).float()
             kernels = (nf4_matmul_tiled, nf4_matmul_tiled_reference)
-            _try(f"a product of {rows} rows", *kernels, x, weight, sums, expanding)
+            for lora in (make.shrinking(rows, columns), make.expanding(rows, heights)):
+                _try(f"a product of {rows} rows", *kernels, x, weight, sums, lora)
 
 
 @torch.inference_mode()
@@ -65,15 +60,17 @@ def try_step(like: torch.Tensor) -> None:
         _try("the first residual", *begin, ids, make.normal(1, width), *normed)
         sums = make.normal(rows, width).float()
         add = (decode_step.add_to_residual, decode_step.add_to_residual_reference)
-        _try("a residual", *add, sums, residual, normed[0], x, squares, shrinking)
+        lora = (make.expanding(rows, (width,)), shrinking)
+        _try("a residual", *add, sums, residual, normed[0], x, squares, *lora)
         sums = make.normal(rows, 2 * width).float()
         silu = (decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference)
-        _try("SwiGLU", *silu, sums, LateNorm(squares, 1, _EPS), x, shrinking)
+        expanding = make.expanding(rows, (width, width))
+        _try("SwiGLU", *silu, sums, LateNorm(squares, 1, _EPS), x, expanding)
 
 
 @torch.inference_mode()
 def try_attention(like: torch.Tensor, group: int, head_dim: int, cached: torch.dtype) -> None:
-    """Rope and attention of two key heads with adapters, one block a context and several.
+    """Rope and attention of two key heads, one block a context and several.
 
     group: query heads of a key head. cached: the dtype of keys and values.
     """
@@ -95,9 +92,7 @@ def try_attention(like: torch.Tensor, group: int, head_dim: int, cached: torch.d
         attend = partial(attend_sums, meeting=meeting, splits=splits)
         norm = LateNorm(make.ones(rows), 1, _EPS)
         kernels = (attend, attend_sums_reference)
-        shrinking = make.shrinking(rows, heads * head_dim)
-        arguments = (sums, norm, context, head_dim**-0.5, out, shrinking)
-        _try(f"attention in {splits} blocks", *kernels, *arguments)
+        _try(f"attention in {splits} blocks", *kernels, sums, norm, context, head_dim**-0.5, out)
 
 
 class _Inputs:
@@ -121,6 +116,11 @@ class _Inputs:
         a = self.normal(2, _RANK, columns) / columns**0.5
         shrunk = self._like.new_zeros(rows, 2 * _RANK, dtype=torch.float32)
         return Shrinking(a, self.slots(rows), shrunk)
+
+    def expanding(self, rows: int, heights: Sequence[int]) -> Expanding:
+        shrunk = self.normal(rows, 2 * len(heights) * _RANK).float()
+        b = self.normal(2, sum(heights), _RANK)
+        return Expanding(shrunk, b, self.slots(rows), self.ones(rows))
 
 
 def _try(

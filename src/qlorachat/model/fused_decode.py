@@ -1,9 +1,10 @@
 """A decode step in eight launches a layer.
 
-A product leaves float32 sums, those of its rows' adapters included. The kernel that reads them
-writes the next product's x and multiplies it by the adapters' A, for the product to add B (A x). A
-norm's factor is applied late: by the reader of the product that follows it, for W (factor * x) =
-factor * (W x).
+A product leaves float32 sums; the kernel that reads them writes the next product's x. A norm's
+factor is applied late: by the reader of the product that follows it, for W (factor * x) =
+factor * (W x). Adapters add B (A x) to the sums: beside a product A x is computed, and its reader
+adds B; but attention, which has many readers for a row, finds that done beside q|k|v, whose x comes
+with A x.
 """
 
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ class FusedDecode:
             self._add(sums, residual, rows, space, 2 * index + 1)
             sums = self._multiply(first + 2, space.hidden, rows, space)
             late = self._late_norm(space, count, 2 * index + 1)
-            silu_mul_sums(sums, late, space.inner, self._shrinking(rows, space, first + 3))
+            silu_mul_sums(sums, late, space.inner, self._expanding(rows, space, first + 2))
             sums = self._multiply(first + 3, space.inner, rows, space)
             self._add(sums, residual, rows, space, 2 * index + 2)
         return residual
@@ -185,21 +186,27 @@ class FusedDecode:
     def _multiply(
         self, number: int, x: torch.Tensor, rows: Rows, space: _Workspace
     ) -> torch.Tensor:
-        """W x of a product, and what the rows' adapters add to it."""
-        product, lora, count = self._products[number], rows.lora, len(rows.ids)
-        sums, expanding = space.sums(count, product.weight.rows), None
-        if lora.active and lora.slots is not None and lora.scales is not None:
-            shrunk = space.shrunk(count, number)
-            expanding = Expanding(shrunk, product.lora.b, lora.slots, lora.scales)
-        nf4_matmul_tiled(x, product.weight, sums, expanding)
+        """W x of a product; beside it B (A x) for q|k|v, A x for the others."""
+        weight, of_qkv = self._products[number].weight, number % 4 == 0
+        sums = space.sums(len(rows.ids), weight.rows)
+        lora = (self._expanding if of_qkv else self._shrinking)(rows, space, number)
+        nf4_matmul_tiled(x, weight, sums, lora)
         return sums
 
     def _shrinking(self, rows: Rows, space: _Workspace, number: int) -> Shrinking | None:
-        """The adapters of a product, for whoever makes its x."""
+        """A of the rows' adapters on a product, and where A x is added up."""
         if not rows.lora.active or rows.lora.slots is None:
             return None
         shrunk = space.shrunk(len(rows.ids), number)
         return Shrinking(self._products[number].lora.a, rows.lora.slots, shrunk)
+
+    def _expanding(self, rows: Rows, space: _Workspace, number: int) -> Expanding | None:
+        """B of the rows' adapters on a product, and A x."""
+        lora = rows.lora
+        if not lora.active or lora.slots is None or lora.scales is None:
+            return None
+        shrunk = space.shrunk(len(rows.ids), number)
+        return Expanding(shrunk, self._products[number].lora.b, lora.slots, lora.scales)
 
     def _attend(
         self, sums: torch.Tensor, layer: int, rows: Rows, space: _Workspace, cache: KVCache
@@ -209,9 +216,7 @@ class FusedDecode:
         places = (*self._rope, rows.positions, rows.slots)
         reach = (rows.attention.block_tables, rows.attention.context_lengths)
         context = PagedContext(*places, cache.keys[layer], cache.values[layer], *reach)
-        scale, into = context.head_dim**-0.5, space.attended
-        shrinking = self._shrinking(rows, space, 4 * layer + 1)
-        attend_sums(sums, late, context, scale, into, shrinking, space.meeting)
+        attend_sums(sums, late, context, context.head_dim**-0.5, space.attended, space.meeting)
 
     def _late_norm(self, space: _Workspace, rows: int, norm: int) -> LateNorm:
         return LateNorm(space.squares(rows, norm), self._embedding.shape[1], self._epsilon)
@@ -220,8 +225,10 @@ class FusedDecode:
         self, sums: torch.Tensor, residual: torch.Tensor, rows: Rows, space: _Workspace, norm: int
     ) -> None:
         """Into the residual, and from it the x of the product after norm number `norm`."""
+        expanding = self._expanding(rows, space, 2 * norm - 1)
         if norm == len(self._norms):
-            add_to_residual(sums, residual, None, None, None, None)
+            add_to_residual(sums, residual, None, None, None, expanding, None)
             return
         into = (self._norms[norm], space.hidden, space.squares(len(residual), norm))
-        add_to_residual(sums, residual, *into, self._shrinking(rows, space, 2 * norm))
+        shrinking = self._shrinking(rows, space, 2 * norm) if norm % 2 == 0 else None
+        add_to_residual(sums, residual, *into, expanding, shrinking)

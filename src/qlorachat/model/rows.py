@@ -71,7 +71,7 @@ class PrefillChunk:
     start: int
     end: int
     context_length: int
-    blocks: torch.Tensor  # int64 (blocks,)
+    blocks: torch.Tensor | slice  # int64 (blocks,); a slice where they follow each other
 
 
 @dataclass(frozen=True, slots=True)

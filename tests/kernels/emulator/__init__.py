@@ -32,7 +32,7 @@ _FLAGS = (
 _CONSTANT = {
     *("lora_slots", "lora_scales", "tables", "lengths", "cache_slots", "positions", "cos", "sin"),
     *("keys", "values", "packed", "absmax", "absmax2", "pairs", "table", "code", "code2"),
-    *("lora_a", "lora_b", "weight"),
+    *("lora_a", "lora_b", "next_lora_slots", "weight"),
 }
 _DTYPES = {
     "float*": (torch.float32,),
