@@ -15,17 +15,6 @@ __device__ __forceinline__ u32 round_pair(float low, float high) {
 }
 __device__ __forceinline__ float rounded(float value) { return low_half(round_pair(value, 0.f)); }
 
-__device__ __forceinline__ void add_four(float* at, float a, float b, float c, float d) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-#else
-  atomicAdd(at, a);
-  atomicAdd(at + 1, b);
-  atomicAdd(at + 2, c);
-  atomicAdd(at + 3, d);
-#endif
-}
-
 __device__ __forceinline__ void add_pair(float* at, float a, float b) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b) : "memory");

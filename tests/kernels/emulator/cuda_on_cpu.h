@@ -666,26 +666,17 @@ inline void griddepcontrol_wait() {
   if (!revealed) wait(PREVIOUS);
 }
 
-inline void setp_ne_u32(bool& p, uint32_t a, uint32_t b) { p = a != b; }
 inline void setp_ne_b32(bool& p, uint32_t a, uint32_t b) { p = a != b; }
 inline void cvt_rn_bf16x2_f32(uint32_t& to, float high, float low) {
   to = static_cast<uint32_t>(round_bf16(high)) << 16 | round_bf16(low);
 }
 inline void cvt_rn_bf16_f32(uint16_t& to, float value) { to = round_bf16(value); }
 
-inline void ld_global_L1_no_allocate_L2_128B_v2_u32(const std::array<uint32_t*, 2>& to, const void* at) {
-  const uint8_t* from = global(at, 8, "a load");
-  for (int i = 0; i < 2; i++) memcpy(to[i], from + 4 * i, 4);
-}
 inline void prefetch_global_L2(const void* at) { global(at, 1, "a prefetch"); }
 inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& values) {
   float* sums = reinterpret_cast<float*>(global(at, 8, "a reduction"));
   sums[0] += *values[0];
   sums[1] += *values[1];
-}
-inline void red_global_add_v4_f32(const void* at, const std::array<float*, 4>& values) {
-  float* sums = reinterpret_cast<float*>(global(at, 16, "a reduction"));
-  for (int i = 0; i < 4; i++) sums[i] += *values[i];
 }
 
 inline void bar_sync(Address number, int threads) { sync_some(number, threads); }
