@@ -252,8 +252,8 @@ struct Cache {
 };
 
 __device__ __forceinline__ void attend(float* sums, const float* squares, const Cache& cache, const u16* cos,
-                                       const u16* sin, u16* out, float share, float eps,
-                                       float scale, int padded, float* split_sums, int* arrived) {
+                                       const u16* sin, u16* out, float share, float eps, float scale, int padded,
+                                       float* split_sums, int* arrived) {
   constexpr int COLUMNS = WIDTH + 2 * HEAD_DIM, ITEMS = (COLUMNS + THREADS - 1) / THREADS;
   const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
   // The compiler is told how many threads there are: then it knows whose column is a query's.
@@ -502,8 +502,8 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
     float* sums, const float* squares, Cached* keys, Cached* values, const int* tables, const int* lengths,
-    const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out,
-    int table_stride, int block_shift, float share, float eps, float scale, int padded, float* split_sums, int* arrived) {
+    const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out, int table_stride,
+    int block_shift, float share, float eps, float scale, int padded, float* split_sums, int* arrived) {
   attend(sums, squares, {keys, values, tables, lengths, cache_slots, positions, table_stride, block_shift}, cos, sin, out,
          share, eps, scale, padded, split_sums, arrived);
 }

@@ -18,8 +18,8 @@ from qlorachat.kernels.lora import lora_expand_add_reference
 class Shrinking(NamedTuple):
     """shrunk += A x, of each row's own slot.
 
-    a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts of the product that follows,
-    is a multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R]; atomic adds, in no order.
+    a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts of the product, is a
+    multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R]; atomic adds, in no order.
     """
 
     a: torch.Tensor

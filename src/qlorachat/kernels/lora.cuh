@@ -24,7 +24,7 @@ template <int P> struct ShrinkBeside {
   template <class Take> __device__ __forceinline__ void each_pair(Take take) const {
     for (int set = 0; set < SETS; set++) {
       const int own = P > 32 && set * SET >= 32 ? slots[P > 32] : slots[0], shift = set * SET & 31;
-      const u32 inside = SET == 32 ? ~0u : (1u << SET) - 1;
+      constexpr u32 inside = (1u << SET) - 1;
       for (u32 remaining = __ballot_sync(~0u, own > 0) >> shift & inside; remaining;) {
         const int slot = __shfl_sync(~0u, own, __ffs(remaining) - 1 + shift);
         const u32 mask = __ballot_sync(~0u, own == slot) >> shift & inside;

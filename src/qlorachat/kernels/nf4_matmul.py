@@ -20,7 +20,7 @@ from qlorachat.kernels.tiles import rows_padded, tile, untile
 from qlorachat.kernels.tuned import tuned_blocks
 
 MOST_ROWS = 64  # above, it is better to write the weights out and multiply
-_TABLE_BYTES = 65536  # of shared memory, TABLE in the sources
+_TABLE_BYTES, _SCALES_BYTES = 65536, 1024  # of shared memory, TABLE and SCALES in the sources
 _UNIT_BLOCKS = 4  # blocks of 64 k in a unit, CHUNK in the sources
 _WEIGHT_STAGES = 3  # W_STAGES in Hopper's source
 
@@ -112,7 +112,8 @@ def _instance(padded: int) -> _Instance:
     """`Layout` in nf4_matmul.cu: eight warps for the product, four for the adapters."""
     unit = _UNIT_BLOCKS * padded * 128  # bytes of x
     x_bytes = unit if padded == 64 else 2 * unit
-    return _Instance(32 * (8 + 4), _TABLE_BYTES + 1024 + 2 * 128 * _UNIT_BLOCKS + x_bytes)
+    absmax_bytes = 2 * 128 * _UNIT_BLOCKS  # of two units of 128 rows
+    return _Instance(32 * (8 + 4), _TABLE_BYTES + _SCALES_BYTES + absmax_bytes + x_bytes)
 
 
 def _hopper_instance(padded: int) -> _Instance:

@@ -1,8 +1,8 @@
-// sums += W x for few rows of x, and the adapters' B (A x) in the same launch, on Hopper (wgmma).
+// sums += W x for few rows of x, and what its adapters ask for beside it, in one launch, on Hopper (wgmma).
 //
 // Decoded weights are operand A of wgmma, from registers: a warp has 16 rows. x is operand B, from
 // shared memory, tiled. One warp brings both, by tensor and bulk copies into two rings that no barrier
-// of the block guards; three more add the adapters' share. All in bfloat16.
+// of the block guards; three more see to the adapters. All in bfloat16.
 // Blocks share the work as one long list of units, GROUPS * 64 rows by 256 k each, in equal runs
 // (stream-K); where a run leaves a row block, its float32 sums are added in global memory.
 
