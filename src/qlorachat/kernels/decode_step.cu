@@ -67,18 +67,13 @@ template <int TILES, int PARTS, int HELD> struct Expand {
   __device__ __forceinline__ const u16* find_b(int slot, int part) const {
     return adapters.b + ((static_cast<u64>(slot - 1) * PARTS + part) * width + column) * adapters.ranks;
   }
-  __device__ __forceinline__ int take_slot() {
-    const int slot = left ? __shfl_sync(~0u, mine, __ffs(left) - 1) : 0;
-    left &= ~__ballot_sync(~0u, mine == slot);
-    return slot;
-  }
   // The next pieces, of ranks from `first` on.
   __device__ __forceinline__ void take(int first) {
     const bool alone = adapters.ranks == 16;
     int slot = 0;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-      if (alone || i == 0) slot = take_slot();
+      if (alone || i == 0) slot = take_slot(mine, left);
       const int rank = alone ? 0 : first + 16 * i;
       owners[i] = rank < adapters.ranks ? slot : 0;
 #pragma unroll
@@ -100,8 +95,7 @@ template <int TILES, int PARTS, int HELD> struct Expand {
   __device__ __forceinline__ void send_for_b() const {
     const int lane = threadIdx.x & 31;
     for (u32 others = all; others;) {
-      const int own = __shfl_sync(~0u, mine, __ffs(others) - 1);
-      others &= ~__ballot_sync(~0u, mine == own);
+      const int own = take_slot(mine, others);
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
         for (int i = lane * 64; column < width && i < TILES * 16 * adapters.ranks; i += 32 * 64) prefetch(find_b(own, part) + i);
@@ -193,12 +187,11 @@ template <int TILES> struct Shrink {
     }
     remaining = __ballot_sync(~0u, mine > 0);
     const u32 all = remaining;
-    take_slot();
+    begin_slot();
     if (!slot) return;
     load();
     for (u32 left = all; left;) {  // what is not held yet comes to the L2
-      const int own = __shfl_sync(~0u, mine, __ffs(left) - 1);
-      left &= ~__ballot_sync(~0u, mine == own);
+      const int own = take_slot(mine, left);
       const u16* from = adapters.a + static_cast<u64>(own - 1) * adapters.ranks * columns + column - (lane & 3) * 4;
       for (int rank = own == slot ? lane + 16 * GROUPS : lane; rank < adapters.ranks; rank += 32)
         if (column < columns) prefetch(from + static_cast<u64>(rank) * columns);
@@ -220,11 +213,9 @@ template <int TILES> struct Shrink {
           }
         }
   }
-  __device__ __forceinline__ void take_slot() {
-    first = slot = 0;
-    if (!remaining) return;
-    slot = __shfl_sync(~0u, mine, __ffs(remaining) - 1);
-    remaining &= ~__ballot_sync(~0u, mine == slot);
+  __device__ __forceinline__ void begin_slot() {
+    first = 0;
+    slot = take_slot(mine, remaining);
   }
 
   // x: pairs of this lane's columns, by tiles. By all threads of a block; calls `once` behind a barrier.
@@ -260,7 +251,7 @@ template <int TILES> struct Shrink {
     rank = first + (threadIdx.x & 15);
     to = adapters.shrunk + (static_cast<u64>(blockIdx.y * ROWS + (threadIdx.x >> 4)) * adapters.count + slot - 1) * adapters.ranks + rank;
     first += 16 * GROUPS;
-    if (first >= adapters.ranks) take_slot();
+    if (first >= adapters.ranks) begin_slot();
     if (slot) load();
   }
   // A thread has one rank of 16, of one row.

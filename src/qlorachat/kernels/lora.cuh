@@ -143,8 +143,7 @@ template <int P> struct ExpandBeside {
   // No kernel of the step writes B: it comes to the L2 before the wait.
   __device__ __forceinline__ void send_for_b(int begin, int end) const {
     for (u32 remaining = all; remaining;) {
-      const int own = __shfl_sync(~0u, slot, __ffs(remaining) - 1);
-      remaining &= ~__ballot_sync(~0u, slot == own);
+      const int own = take_slot(slot, remaining);
       for (int at = lane * 64; at < (end - begin) * 16 * adapters.ranks; at += 32 * 64) prefetch(find_b(own, begin * 16) + at);
     }
   }

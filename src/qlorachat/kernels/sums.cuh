@@ -52,6 +52,14 @@ __device__ __forceinline__ float inverse_rms(const float* squares, int row, floa
   return rsqrtf(__ldcg(squares + row) * share + eps);
 }
 
+// Of the slots that lanes have, that of the first lane in `left`, a bit each, 0 if none is left; all lanes that
+// have it are taken out.
+__device__ __forceinline__ int take_slot(int mine, u32& left) {
+  const int slot = left ? __shfl_sync(~0u, mine, __ffs(left) - 1) : 0;
+  left &= ~__ballot_sync(~0u, mine == slot);
+  return slot;
+}
+
 // shrunk += A x, of a product's x: by who makes that, or beside the product.
 struct Shrinking {
   const u16* a;      // [count, ranks, K], ranks of all parts; null: no row has an adapter, or not here
