@@ -76,6 +76,7 @@ def test_the_next_residual(rows: int, width: int, rank: int | None, next_rank: i
     add_to_residual(last_sums, last, None, None, None, expanding, None)
     add_to_residual(sums, h, weight, x, squares, expanding, shrinking)
     torch.testing.assert_close(h, expected)
+    assert rank is not None or torch.equal(h, expected)
     assert torch.equal(last, h)
     assert torch.equal(untile(x, rows, width), h * weight)
     assert_untouched(x, rows, width)
