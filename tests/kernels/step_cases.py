@@ -63,7 +63,7 @@ def make_shrinking(
     slots = make_slots(rows, count)
     a = (torch.randn(count, rank, columns) / columns**0.5).to(dtype)
     poison_unused(a, slots)
-    return Shrinking(a, slots, earlier_shrunk(rows, count * rank))
+    return Shrinking(a, slots, apart(earlier_shrunk(rows, count * rank)))
 
 
 def assert_shrunk(shrinking: Shrinking | None, x: torch.Tensor) -> None:
@@ -95,6 +95,13 @@ def assert_adapters(
             torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 
 
+def apart(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows, with poison between them."""
+    wider = rows.new_full((len(rows), rows.shape[1] + 4), POISON)
+    wider[:, : rows.shape[1]] = rows
+    return wider[:, : rows.shape[1]]
+
+
 def earlier_shrunk(rows: int, ranks: int) -> torch.Tensor:
     """What A x is added to; it depends on the shape alone."""
     return torch.randn(rows, ranks, generator=torch.Generator().manual_seed(5))
@@ -111,7 +118,7 @@ def make_expanding(
     shrunk[slots[:, None] != torch.arange(1, count + 1)] = POISON
     b = torch.randn(count, sum(heights), rank).to(dtype)
     poison_unused(b, slots)
-    return Expanding(shrunk.flatten(1), b, slots, torch.rand(rows) * 2)
+    return Expanding(apart(shrunk.flatten(1)), b, slots, torch.rand(rows) * 2)
 
 
 def make_exact_expanding(dtype: torch.dtype, rows: int, heights: tuple[int, ...]) -> Expanding:
@@ -119,7 +126,8 @@ def make_exact_expanding(dtype: torch.dtype, rows: int, heights: tuple[int, ...]
     expanding = make_expanding(dtype, rows, heights, 16)
     assert expanding is not None
     scales = torch.randint(1, 3, (rows,)).float()
-    return Expanding(expanding.shrunk.round(), expanding.b.round(), expanding.slots, scales)
+    shrunk = apart(expanding.shrunk.round())
+    return Expanding(shrunk, expanding.b.round(), expanding.slots, scales)
 
 
 def exact_sums(rows: int, outputs: int) -> torch.Tensor:

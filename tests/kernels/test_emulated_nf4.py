@@ -135,9 +135,10 @@ def check_tiled(
         expected, sizes = expected + added, sizes + (1 + SPLIT / SUMMED) * added_sizes
     tiled = tile(x, rows_padded(len(x)))
     tiled[:, len(x) :] = POISON
-    for card.seed in (0, 1, 2, 3):
+    following = make_weight((112, 16), 320)
+    for card.seed, ahead in zip(range(4), (None, following, weight, None), strict=True):
         sums, own = before.clone(), copied(lora, torch.Tensor)
-        nf4_matmul_tiled(tiled.as_subclass(OnCard), weight, sums, own, blocks=blocks)
+        nf4_matmul_tiled(tiled.as_subclass(OnCard), weight, sums, own, ahead=ahead, blocks=blocks)
         assert_near(sums, expected, sizes, 0)
         if lora is not None:
             assert_adapters(own, lora, tiled)

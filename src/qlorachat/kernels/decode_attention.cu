@@ -325,18 +325,19 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;
     if (column >= min(wanted, WIDTH + HEAD_DIM)) break;
-    cosines[i] = __ldcg(cos + position * HEAD_DIM + column % HEAD_DIM);  // __ldg would be moved behind the wait
-    sines[i] = __ldcg(sin + position * HEAD_DIM + column % HEAD_DIM);
+    cosines[i] = __ldca(cos + position * HEAD_DIM + column % HEAD_DIM);  // __ldg would be moved behind the wait
+    sines[i] = __ldca(sin + position * HEAD_DIM + column % HEAD_DIM);
   }
   wait_for_previous();
   float* own = sums + static_cast<u64>(row) * kv_heads * (WIDTH + 2 * HEAD_DIM);
+  const float squares_of_row = __ldca(squares + row);
   float taken[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;
     if (column < wanted) taken[i] = __ldcg(own + find(column));
   }
-  const float factor = inverse_rms(squares, row, share, eps);
+  const float factor = inverse_rms(squares_of_row, share, eps);
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;

@@ -14,12 +14,20 @@ import torch
 from qlorachat.kernels.cuda_source import Argument
 from qlorachat.kernels.lora import lora_expand_add_reference
 
+_APART = 256  # float32 numbers from a row of A x to the next: its readers are all blocks
+
+
+def shrunk_stride(size: int) -> int:
+    """How far apart rows of A x should be, in numbers: an L2 serves neighbours one by one."""
+    return -(-size // _APART) * _APART
+
 
 class Shrinking(NamedTuple):
     """shrunk += A x, of each row's own slot.
 
     a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts of the product, is a
-    multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R]; atomic adds, in no order.
+    multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R], rows contiguous; atomic adds, in
+    no order.
     """
 
     a: torch.Tensor
@@ -34,16 +42,17 @@ class Shrinking(NamedTuple):
         assert self.slots.shape == (rows,)
         assert self.slots.dtype == torch.int32
         assert self.shrunk.shape == (rows, slots * ranks)
-        assert self.shrunk.dtype == torch.float32
-        assert all(tensor.is_contiguous() for tensor in self)
+        _check_shrunk(self.shrunk)
+        assert self.a.is_contiguous()
+        assert self.slots.is_contiguous()
 
 
 class Expanding(NamedTuple):
     """sums += scale * B (A x), of each row's own slot.
 
-    shrunk: float32 [M, S * parts * R], A x of every slot and part. b: [S, N, R], contiguous, of x's
-    dtype, alpha / r folded in; R is a multiple of 16. slots: int32 [M]. scales: float32 [M], the
-    adapter's strength.
+    shrunk: float32 [M, S * parts * R], A x of every slot and part, rows contiguous. b: [S, N, R],
+    contiguous, of x's dtype, alpha / r folded in; R is a multiple of 16. slots: int32 [M]. scales:
+    float32 [M], the adapter's strength.
     """
 
     shrunk: torch.Tensor
@@ -59,33 +68,39 @@ class Expanding(NamedTuple):
         assert self.shrunk.shape == (rows, slots * len(heights) * ranks)
         assert self.slots.shape == self.scales.shape == (rows,)
         assert self.slots.dtype == torch.int32
-        assert self.shrunk.dtype == self.scales.dtype == torch.float32
-        assert all(tensor.is_contiguous() for tensor in self)
+        assert self.scales.dtype == torch.float32
+        _check_shrunk(self.shrunk)
+        assert all(each.is_contiguous() for each in (self.b, self.slots, self.scales))
+
+
+def _check_shrunk(shrunk: torch.Tensor) -> None:
+    assert shrunk.dtype == torch.float32
+    assert shrunk.stride(1) == 1
+    assert shrunk.stride(0) % 4 == 0  # read by fours
 
 
 def beside_arguments(lora: Shrinking | Expanding | None) -> Sequence[Argument]:
     """What the products' sources call lora_a, shrunk, lora_b and so on, to ranks."""
     if lora is None:
         return None, None, None, None, None, 0, 0
+    stride = lora.shrunk.stride(0)
     if isinstance(lora, Shrinking):
-        count, ranks, _ = lora.a.shape
-        return lora.a, lora.shrunk, None, lora.slots, None, count, ranks
-    count, _, ranks = lora.b.shape
-    return None, lora.shrunk, lora.b, lora.slots, lora.scales, count, ranks
+        return lora.a, lora.shrunk, None, lora.slots, None, stride, lora.a.shape[1]
+    return None, lora.shrunk, lora.b, lora.slots, lora.scales, stride, lora.b.shape[2]
 
 
 def shrinking_arguments(shrinking: Shrinking | None) -> Sequence[Argument]:
-    """What the sources call lora_a, lora_slots, shrunk, count and ranks."""
+    """What the sources call lora_a, lora_slots, shrunk, stride and ranks."""
     if shrinking is None:
         return None, None, None, 0, 0
-    return *shrinking, *shrinking.a.shape[:2]
+    return *shrinking, shrinking.shrunk.stride(0), shrinking.a.shape[1]
 
 
 def expanding_arguments(expanding: Expanding | None) -> Sequence[Argument]:
-    """What the sources call lora_shrunk, lora_b, lora_slots, lora_scales, count and ranks."""
+    """What the sources call lora_shrunk, lora_b, lora_slots, lora_scales, stride and ranks."""
     if expanding is None:
         return None, None, None, None, 0, 0
-    return *expanding, len(expanding.b), expanding.b.shape[2]
+    return *expanding, expanding.shrunk.stride(0), expanding.b.shape[2]
 
 
 def shrink_reference(x: torch.Tensor, shrinking: Shrinking | None) -> None:

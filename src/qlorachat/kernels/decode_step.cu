@@ -1,10 +1,13 @@
 // What comes between the products of a fused decode step, attention apart: the residual stream and
-// SwiGLU. A block has 8 rows and WARPS * TILES * 16 columns; of each 16 that a warp has, a lane has
-// four neighbours, in row lane / 4.
+// SwiGLU. A block has 8 rows, and of columns 16 * TILES a warp; of each 16, a lane has four neighbours, in
+// row lane / 4.
 
 #include "sums.cuh"
 
 constexpr int WARPS = 4, ROWS = 8;
+// Up to 8 rows of a 7B or 13B model's gate|up are no more blocks than a card like the H100 has processors, and
+// 7 warps of 96 registers fit beside a product: then all start while the product runs.
+template <int TILES> constexpr int SWIGLU_WARPS = TILES == 1 ? 7 : 4;
 
 // An address is computed before the wait, not where it is used: the compiler would move it there.
 template <class T> __device__ __forceinline__ T* hold(T* at) {
@@ -12,7 +15,7 @@ template <class T> __device__ __forceinline__ T* hold(T* at) {
   return at;
 }
 
-template <int TILES> struct Place {
+template <int TILES, int WARPS = ::WARPS> struct Place {
   int lane, row, column;
   __device__ __forceinline__ Place()
       : lane(threadIdx.x & 31), row(blockIdx.y * ROWS + (lane >> 2)),
@@ -26,7 +29,7 @@ template <int TILES> struct Place {
 // Where a lane's columns are in a tiled x: two and, 16 bytes away, two.
 template <int TILES> struct Tiled {
   u32 *first[TILES], *second[TILES];
-  __device__ __forceinline__ Tiled(u16* x, const Place<TILES>& at, int padded) {
+  template <int WARPS> __device__ __forceinline__ Tiled(u16* x, const Place<TILES, WARPS>& at, int padded) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       const int index = tiled_at(at.row, at.column + 16 * tile, padded);
@@ -55,14 +58,14 @@ template <int TILES, int PARTS, int HELD> struct Expand {
   uint2 words[HELD][PARTS][TILES][2];  // ranks 4 t to 4 t + 3, of columns 2 (n / 2) + n and two further
   float4 shrunk[HELD][PARTS];
 
-  __device__ __forceinline__ Expand(const Expanding& adapters, const Place<TILES>& at, int rows, int width)
+  template <int WARPS> __device__ __forceinline__ Expand(const Expanding& adapters, const Place<TILES, WARPS>& at, int rows, int width)
       : adapters(adapters), width(width), column(at.column - (at.lane & 3) * 4), t(at.lane & 3), n(at.lane >> 2), mine(0), scale(0.f) {
     if (adapters.b && at.row < rows) {
       mine = __ldg(adapters.slots + at.row);
       scale = __ldg(adapters.scales + at.row);
     }
     left = all = __ballot_sync(~0u, mine > 0);
-    from = adapters.shrunk + (static_cast<u64>(at.row) * adapters.count + max(mine - 1, 0)) * PARTS * adapters.ranks + 4 * t;
+    from = adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + max(mine - 1, 0) * PARTS * adapters.ranks + 4 * t;
   }
   __device__ __forceinline__ const u16* find_b(int slot, int part) const {
     return adapters.b + ((static_cast<u64>(slot - 1) * PARTS + part) * width + column) * adapters.ranks;
@@ -108,7 +111,7 @@ template <int TILES, int PARTS, int HELD> struct Expand {
       for (int part = 0; part < PARTS; part++) {
         shrunk[i][part] = make_float4(0.f, 0.f, 0.f, 0.f);
         if (mine && first + 16 * i < adapters.ranks)
-          shrunk[i][part] = __ldcg(reinterpret_cast<const float4*>(from + part * adapters.ranks + first + 16 * i));
+          shrunk[i][part] = __ldca(reinterpret_cast<const float4*>(from + part * adapters.ranks + first + 16 * i));
       }
   }
   // Calls `once`, which waits for the product and loads `sums`. No kernel of the step writes B: the first pieces are
@@ -245,11 +248,12 @@ template <int TILES> struct Shrink {
     }
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
+      if (first + 16 * g >= adapters.ranks) break;
       float* at = of_warp + g * WARPS * ROWS * STRIDE;
       at[0] = products[g][0]; at[STRIDE] = products[g][1]; at[8] = products[g][2]; at[STRIDE + 8] = products[g][3];
     }
     rank = first + (threadIdx.x & 15);
-    to = adapters.shrunk + (static_cast<u64>(blockIdx.y * ROWS + (threadIdx.x >> 4)) * adapters.count + slot - 1) * adapters.ranks + rank;
+    to = adapters.shrunk + static_cast<u64>(blockIdx.y * ROWS + (threadIdx.x >> 4)) * adapters.stride + (slot - 1) * adapters.ranks + rank;
     first += 16 * GROUPS;
     if (first >= adapters.ranks) begin_slot();
     if (slot) load();
@@ -259,12 +263,12 @@ template <int TILES> struct Shrink {
     if (!taken || adding != taken) return;
     float sums[GROUPS] = {};
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++)
+    for (int g = 0; g < GROUPS; g++) {
+      if (rank + 16 * g >= adapters.ranks) break;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) sums[g] += of_rank[(g * WARPS + w) * ROWS * STRIDE];
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++)
-      if (rank + 16 * g < adapters.ranks) atomicAdd(to + 16 * g, sums[g]);
+      atomicAdd(to + 16 * g, sums[g]);
+    }
   }
   struct Sums { float of[GROUPS][WARPS][ROWS * STRIDE]; };
 };
@@ -386,13 +390,13 @@ template <int TILES>
 __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16* x, const Expanding& adapters, int width,
                                          float share, float eps, int rows, int padded) {
   let_next_start();
-  const Place<TILES> at;
+  const Place<TILES, SWIGLU_WARPS<TILES>> at;
   Expand<TILES, 2, 2> expand(adapters, at, rows, width);
   const Tiled<TILES> tiled(x, at, padded);
   float4* own[2] = {at.template find<float4>(sums, 2 * width), at.template find<float4>(sums + width, 2 * width)};
   const float* square = hold(squares + at.row);
   float4 gate_up[2][TILES] = {};
-  float factor = 0.f;
+  float squares_of_row = 0.f;
   expand.add(gate_up, [&] {
     wait_for_previous();
 #pragma unroll
@@ -401,8 +405,9 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
 #pragma unroll
       for (int part = 0; part < 2; part++) gate_up[part][tile] = __ldcg(own[part] + 4 * tile);
     }
-    if (at.row < rows) factor = inverse_rms(square, 0, share, eps);
+    if (at.row < rows) squares_of_row = __ldca(square);
   });
+  const float factor = inverse_rms(squares_of_row, share, eps);  // not before: A x would be asked for after that
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     if (at.row >= rows || at.column + 16 * tile >= width) continue;
@@ -422,23 +427,24 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
 #define INSTANCES(TILES)                                                                                    \
   KERNEL begin_residual_##TILES(const long long* ids, const u16* embedding, const u16* weight, u16* x,      \
                                 u16* residual, float* squares, const u16* lora_a, const int* lora_slots,    \
-                                float* shrunk, int count, int ranks, int rows, int width, int padded) {     \
+                                float* shrunk, int stride, int ranks, int rows, int width, int padded) {    \
     begin_residual<TILES>(ids, embedding, {residual, weight, x, squares, rows, width, padded},              \
-                          {lora_a, lora_slots, shrunk, count, ranks});                                      \
+                          {lora_a, lora_slots, shrunk, stride, ranks});                                     \
   }                                                                                                         \
   KERNEL add_to_residual_##TILES(                                                                           \
       float* sums, u16* residual, const u16* weight, u16* x, float* squares, const float* lora_shrunk,      \
-      const u16* lora_b, const int* lora_slots, const float* lora_scales, int count, int ranks,             \
-      const u16* lora_a, const int* next_lora_slots, float* shrunk, int next_count, int next_ranks,         \
+      const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride, int ranks,            \
+      const u16* lora_a, const int* next_lora_slots, float* shrunk, int next_stride, int next_ranks,        \
       int rows, int width, int padded) {                                                                    \
     add_to_residual<TILES>(sums, {residual, weight, x, squares, rows, width, padded},                       \
-                           {lora_shrunk, lora_b, lora_slots, lora_scales, count, ranks},                    \
-                           {lora_a, next_lora_slots, shrunk, next_count, next_ranks});                      \
+                           {lora_shrunk, lora_b, lora_slots, lora_scales, stride, ranks},                   \
+                           {lora_a, next_lora_slots, shrunk, next_stride, next_ranks});                     \
   }                                                                                                         \
-  KERNEL silu_mul_##TILES(float* sums, const float* squares, u16* x, const float* lora_shrunk,              \
-                          const u16* lora_b, const int* lora_slots, const float* lora_scales, int count,    \
+  extern "C" __global__ void __maxnreg__(TILES == 1 ? 96 : 128)                                             \
+  silu_mul_##TILES(float* sums, const float* squares, u16* x, const float* lora_shrunk,                     \
+                          const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride,   \
                           int ranks, int width, float share, float eps, int rows, int padded) {             \
-    silu_mul<TILES>(sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, count, ranks}, width,  \
+    silu_mul<TILES>(sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, stride, ranks}, width, \
                     share, eps, rows, padded);                                                              \
   }
 

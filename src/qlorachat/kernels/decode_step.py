@@ -26,8 +26,9 @@ from qlorachat.kernels.sums import LateNorm, check_squares, check_sums, take_sum
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
 SOURCE = "decode_step.cu"
-_THREADS, _ROWS = 128, 8  # of a block
-_COLUMNS = 64  # of a block's warps, 16 each
+_ROWS, _WARPS = 8, 4  # of a block
+_SWIGLU_WARPS = 7  # for few rows
+_FEW = 16  # rows up to which a warp has 16 columns, not 32
 
 
 def begin_residual(
@@ -206,10 +207,11 @@ def _launch(
     kernel: str, columns: int, rows: int, arguments: Sequence[Argument], like: torch.Tensor
 ) -> None:
     assert like.dtype == torch.bfloat16
-    tiles = 1 if rows <= 16 else 2  # few where blocks are few
+    tiles = 1 if rows <= _FEW else 2  # few where blocks are few
     name = f"{kernel}_{tiles}"
+    warps = _SWIGLU_WARPS if name == "silu_mul_1" else _WARPS
     function = cuda_source.load_kernel(
         SOURCE, name, like.device, shared_percent=cuda_source.STEP_SHARED
     )
-    grid = (-(-columns // (_COLUMNS * tiles)), -(-rows // _ROWS))
-    cuda_source.launch(function, grid, _THREADS, 0, arguments, like.device, early=True)
+    grid = (-(-columns // (16 * warps * tiles)), -(-rows // _ROWS))
+    cuda_source.launch(function, grid, 32 * warps, 0, arguments, like.device, early=True)

@@ -84,7 +84,7 @@ template <int P> struct ShrinkBeside {
     for (int c = 0; c < TILES; c++)
 #pragma unroll
       for (int i = 0; i < 2; i++) pieces[c][i] = __ldcg(from + 64 * c + (2 * t + i ^ quad));
-    const u64 row_size = static_cast<u64>(adapters.count) * adapters.ranks;
+    const u64 row_size = adapters.stride;
     float* to = adapters.shrunk + (rows.set * SET + 2 * t) * row_size + (rows.slot - 1) * adapters.ranks + tile * 16 + quad;
 #pragma unroll
     for (int c = 0; c < TILES; c++) {
@@ -152,12 +152,12 @@ template <int P> struct ExpandBeside {
     for (int c = 0; c < TILES; c++) {
       const int own = __shfl_sync(~0u, slot, 8 * c + quad);
       const float factor = __shfl_sync(~0u, scale, 8 * c + quad);
-      const u64 row = static_cast<u64>(set * SET + 8 * c + quad) * adapters.count + max(own - 1, 0);
-      const float4* from = reinterpret_cast<const float4*>(adapters.shrunk + (row * parts + part) * adapters.ranks + first);
+      const float* of_row = adapters.shrunk + static_cast<u64>(set * SET + 8 * c + quad) * adapters.stride;
+      const float4* from = reinterpret_cast<const float4*>(of_row + (max(own - 1, 0) * parts + part) * adapters.ranks + first);
 #pragma unroll
       for (int s = 0; s < STEPS; s++) {
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (own && first + 16 * s < adapters.ranks) x = __ldcg(from + 4 * s + t);
+        if (own && first + 16 * s < adapters.ranks) x = __ldca(from + 4 * s + t);
         u32* pairs = shrunk[s][c];
         pairs[0] = round_pair(factor * x.x, factor * x.y);
         pairs[1] = round_pair(factor * x.z, factor * x.w);
@@ -245,11 +245,11 @@ struct Beside {
   const u16* b;
   const int* slots;
   const float* scales;
-  int count, ranks;  // of all parts, with A
+  int stride, ranks;  // the ranks of all parts, with A
 
   template <int P>
   __device__ __forceinline__ void add(const Matrix& m, const u8* x, float* sums, int x_rows, int share, int shares) const {
-    if (a) ShrinkBeside<P>({a, slots, shrunk, count, ranks}, m.columns, x_rows, share, shares)(reinterpret_cast<const u16*>(x));
-    if (b) ExpandBeside<P>({shrunk, b, slots, scales, count, ranks}, m)(sums, x_rows, share, shares);
+    if (a) ShrinkBeside<P>({a, slots, shrunk, stride, ranks}, m.columns, x_rows, share, shares)(reinterpret_cast<const u16*>(x));
+    if (b) ExpandBeside<P>({shrunk, b, slots, scales, stride, ranks}, m)(sums, x_rows, share, shares);
   }
 };

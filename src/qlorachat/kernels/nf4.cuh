@@ -20,12 +20,24 @@ extern "C" __global__ void find_shared_base(u32* base) {
   *base = static_cast<u32>(__cvta_generic_to_shared(shared));
 }
 
-// byte `i` of `word` becomes bits 8 to 15 of an address whose bits 0 to 7 are the lane's
-__device__ __forceinline__ u32 look_up(u32 word, u32 lane_offset, u32 i) {
-  u32 value;
-  asm volatile("ld.shared.u32 %0, [%1 + %2];"
-               : "=r"(value) : "r"(__byte_perm(word, lane_offset, 0x7504u | i << 4)), "n"(SHARED_BASE));
-  return value;
+// From shared memory, BEGIN + `at`.
+template <u32 BEGIN> __device__ __forceinline__ u32 load_word(u32 at) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(at), "n"(BEGIN));
+  return word;
+}
+template <u32 BEGIN> __device__ __forceinline__ uint2 load_pair(u32 at) {
+  uint2 pair;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(pair.x), "=r"(pair.y) : "r"(at), "n"(BEGIN));
+  return pair;
+}
+
+// A lane as the compiler can't find it out again: short of registers it would, in the loop and slowly.
+__device__ __forceinline__ int find_lane() { return __shfl_sync(~0u, threadIdx.x & 31, threadIdx.x & 31); }
+
+// byte `i` of `word` becomes bits 8 to 15 of an address whose bits 0 to 7 are the lane's; HALF: of an entry
+template <int HALF = 0> __device__ __forceinline__ u32 look_up(u32 word, int lane, u32 i) {
+  return load_word<SHARED_BASE + HALF * 128>(__byte_perm(word, lane * 4, 0x7504u | i << 4));
 }
 
 // The table, filled by all threads of a block: what it is made of is loaded first, for the weights

@@ -124,7 +124,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
         commit();
         uint2 words[2];
         take(0, words);
-        decode(words, a);
+        decode(words, lane, a);
         const u32 at = stage_of(L::ABSMAX, step, HEIGHT * CHUNK) - SHARED_BASE + (warp * 16 + own_row) * CHUNK;
 #pragma unroll
         for (int half = 0; half < 2; half++) absmax[half] = *reinterpret_cast<const u32*>(shared + at + half * 8 * CHUNK);
@@ -134,7 +134,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
 #pragma unroll
       for (int i = 0; i < L::BLOCKS; i++) {
         const int j = part * L::BLOCKS + i;
-        const float factors[2] = {scales.template factor<false>(absmax, 0, j), scales.template factor<false>(absmax, 1, j)};
+        const float factors[2] = {scales.template factor<false>(absmax, 0, j, lane), scales.template factor<false>(absmax, 1, j, lane)};
         uint2 words[2];
         u32 next[16];
         if (j + 1 < CHUNK) take(j + 1, words);
@@ -153,7 +153,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
 #pragma unroll
               for (int c = 0; c < BESIDE; c++)
                 multiply(sum[c][s % CHAINS], own[0], own[1], own[2], own[3], b[c][2 * half], b[c][2 * half + 1]);
-              if (first == 0 && j + 1 < CHUNK) decode_step(words, s, next + 4 * s);
+              if (first == 0 && j + 1 < CHUNK) decode_step(words, s, lane, next + 4 * s);
             }
           }
 #pragma unroll
@@ -187,11 +187,11 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
   extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                            \
       const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,       \
       const u8* x, float* sums, const u16* lora_a, float* shrunk, const u16* lora_b, const int* lora_slots, \
-      const float* lora_scales, int count, int ranks, int x_rows, int rows, int columns, int start1,        \
+      const float* lora_scales, int stride, int ranks, int x_rows, int rows, int columns, int start1,       \
       int start2, int group1, int group2, float offset0, float offset1, float offset2) {                    \
     const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                               \
                       group1, group2, offset0, offset1, offset2};                                           \
-    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, count, ranks};                  \
+    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, stride, ranks};                 \
     nf4_matmul<P, ALIGNED>(m, beside, pairs, code2, x, sums, x_rows);                                       \
   }
 

@@ -39,23 +39,22 @@ template <bool ALIGNED> struct Scales {
     }
   }
   // absmax of block `j` of a unit, whose absmax bytes are given. SCALE_COPIES: as the table was filled.
-  template <bool SCALE_COPIES> __device__ __forceinline__ float factor(const u32 (&absmax)[2], int half, int j) const {
-    const u32 code = SCALE_COPIES ? look_up(absmax[half], (threadIdx.x & 31) * 4 + 128, j)
+  template <bool SCALE_COPIES> __device__ __forceinline__ float factor(const u32 (&absmax)[2], int half, int j, int lane) const {
+    const u32 code = SCALE_COPIES ? look_up<1>(absmax[half], lane, j)
                                   : reinterpret_cast<const u32*>(shared + TABLE)[absmax[half] >> 8 * j & 255];
     return __uint_as_float(code) * groups[half][ALIGNED ? 0 : j] + offset;
   }
 };
 
 // Operand A of product s of a block's four, of a lane's 16 weights in each of two rows.
-__device__ __forceinline__ void decode_step(const uint2 (&words)[2], int s, u32* into) {
-  const u32 offset = (threadIdx.x & 31) * 4;
+__device__ __forceinline__ void decode_step(const uint2 (&words)[2], int s, int lane, u32* into) {
   const u32 low = s < 2 ? words[0].x : words[0].y, high = s < 2 ? words[1].x : words[1].y, i = (s & 1) * 2;
-  into[0] = look_up(low, offset, i);
-  into[1] = look_up(high, offset, i);
-  into[2] = look_up(low, offset, i + 1);
-  into[3] = look_up(high, offset, i + 1);
+  into[0] = look_up(low, lane, i);
+  into[1] = look_up(high, lane, i);
+  into[2] = look_up(low, lane, i + 1);
+  into[3] = look_up(high, lane, i + 1);
 }
-__device__ __forceinline__ void decode(const uint2 (&words)[2], u32 (&into)[16]) {
+__device__ __forceinline__ void decode(const uint2 (&words)[2], int lane, u32 (&into)[16]) {
 #pragma unroll
-  for (int s = 0; s < 4; s++) decode_step(words, s, into + 4 * s);
+  for (int s = 0; s < 4; s++) decode_step(words, s, lane, into + 4 * s);
 }

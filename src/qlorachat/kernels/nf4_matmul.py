@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from qlorachat.kernels import cuda_source
+from qlorachat.kernels.cuda_source import Argument
 from qlorachat.kernels.decode_lora import (
     Expanding,
     Shrinking,
@@ -49,6 +50,7 @@ def nf4_matmul_tiled(
     sums: torch.Tensor,
     lora: Shrinking | Expanding | None = None,
     *,
+    ahead: Nf4Matrix | None = None,
     blocks: int | None = None,
 ) -> None:
     """sums += weight x, and A x or B (A x) of adapters, in one launch; atomic adds, in no order.
@@ -56,7 +58,8 @@ def nf4_matmul_tiled(
     x: tiled [blocks, P, 64] (`tiles.tile`), P of 8, 16, 32 or 64 padded rows; bfloat16 on a card.
     sums: float32 [M, N], M of them real. The weight's two-level absmax is applied to each block's
     float32 sum; only the 16 code values are rounded to the dtype.
-    blocks: how many share the product; None: see `tuned`.
+    ahead: the weight of the product that follows, if any: on Hopper, its first units are brought to
+    the L2. blocks: how many share the product; None: see `tuned`.
     """
     rows, padded = len(sums), x.shape[1]
     assert x.shape == (-(-weight.columns // 256) * 4, padded, 64)
@@ -89,8 +92,17 @@ def nf4_matmul_tiled(
         *(weight.absmax, weight.absmax2, weight.pairs, weight.code2, x, sums),
         *(*beside_arguments(lora), rows, *dimensions(weight)),
     )
+    if hopper:
+        arguments += _ahead_arguments(ahead, packed)
     grid = (blocks or tuned or count_processors(x.device),)
     cuda_source.launch(function, grid, *instance, arguments, x.device, early=True)
+
+
+def _ahead_arguments(ahead: Nf4Matrix | None, packed: torch.Tensor) -> tuple[Argument, ...]:
+    if ahead is None:
+        return cuda_source.TileMap(packed), None, 0, 0
+    next_packed = cuda_source.TileMap(ahead.packed.view(ahead.rows, -1))
+    return next_packed, ahead.absmax, ahead.rows, ahead.columns
 
 
 def nf4_matmul_tiled_reference(

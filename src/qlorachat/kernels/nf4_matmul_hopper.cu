@@ -10,6 +10,7 @@
 
 constexpr int W_STAGES = 3; // of the weights' ring
 constexpr int HELPERS = 3;  // warps for the adapters
+constexpr int AHEAD = 3;    // units of the next product that a block brings to the L2
 
 template <int P> __device__ __forceinline__ void multiply_tile(float (&d)[P / 2], const u32* a, u64 x, int add);
 
@@ -75,6 +76,14 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int byte,
       "l"(map), "r"(byte), "r"(row), "r"(barrier) : "memory");
 }
 
+// The same, to the L2 alone.
+__device__ __forceinline__ void prefetch_bytes(const u8* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void prefetch_box(const TensorMap* map, int byte, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(byte), "r"(row) : "memory");
+}
+
 // A block's dynamic shared memory; addresses and sizes in bytes.
 template <int P, int GROUPS> struct Layout {
   static constexpr int WARPS = GROUPS * 4, HEIGHT = GROUPS * 64;  // of the product
@@ -82,6 +91,34 @@ template <int P, int GROUPS> struct Layout {
   static constexpr int W_BYTES = HEIGHT * 128, SCALE_BYTES = HEIGHT * CHUNK;
   static constexpr u32 X = SHARED_BASE + TABLE, W = X + X_STAGES * X_BYTES, SCALES = W + W_STAGES * W_BYTES;
   static constexpr u32 BARRIERS = SCALES + W_STAGES * SCALE_BYTES;
+};
+
+// A block's run of all units.
+struct Share {
+  int items, begin, steps;
+  __device__ __forceinline__ Share(int rows, int columns, int height) : items(((columns >> 6) + CHUNK - 1) / CHUNK) {
+    const long long units = static_cast<long long>((rows + height - 1) / height) * items;
+    begin = static_cast<int>(units * blockIdx.x / gridDim.x);
+    steps = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - begin;
+  }
+};
+
+// The weight of the product that follows. Memory has nothing to do until then: its first units come to the L2.
+struct Ahead {
+  const TensorMap* packed;
+  const u8* absmax;
+  int rows, columns;  // 0 if there is none
+
+  template <int HEIGHT> __device__ __forceinline__ void look() const {
+    const Share share(rows, columns, HEIGHT);
+    Walk walk(max(share.items, 1), share.begin);
+    for (int step = 0; step < min(AHEAD, share.steps); step++) {
+      const int row = walk.row_block * HEIGHT;
+      for (int g = 0; g < HEIGHT / 64; g++) prefetch_box(packed, walk.item * 128, row + g * 64);
+      prefetch_bytes(absmax + (static_cast<u64>(walk.item) * rows + row) * CHUNK, min(HEIGHT, rows - row) * CHUNK);
+      walk.next(share.items);
+    }
+  }
 };
 
 // Weights and x of a block's steps, by one thread. Weights are there for any kernel: only x waits.
@@ -121,15 +158,13 @@ template <bool TAKES, int COUNT> __device__ __forceinline__ void move_registers(
 
 // OWN, OTHERS: registers of the product's threads and of the others, where they differ.
 template <int P, int GROUPS, int OWN, int OTHERS, bool ALIGNED>
-__device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix& m, const Beside& beside,
+__device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix& m, const Beside& beside, const Ahead& ahead,
                                            const u32* pairs, const float* code2, const u8* x, float* sums, int x_rows) {
   using L = Layout<P, GROUPS>;
-  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0), t = lane & 3;
+  const int lane = find_lane(), warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0), t = lane & 3;
   let_next_start();
-  const int items = ((m.columns >> 6) + CHUNK - 1) / CHUNK;
-  const long long units = static_cast<long long>((m.rows + L::HEIGHT - 1) / L::HEIGHT) * items;
-  const int begin = static_cast<int>(units * blockIdx.x / gridDim.x);
-  const int steps = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - begin;
+  const Share share(m.rows, m.columns, L::HEIGHT);
+  const int items = share.items, begin = share.begin, steps = share.steps;
   const Ring<W_STAGES> weights(L::BARRIERS);
   const Ring<L::X_STAGES> rows(L::BARRIERS + W_STAGES * 16);
 
@@ -154,6 +189,7 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
       for (int s = 0; s < steps; s++) {
         producer.fetch_x(s);
         producer.fetch_weights(s + W_STAGES);
+        if (P <= 16 && s == max(steps - W_STAGES, 0)) ahead.look<L::HEIGHT>();
       }
     }
     return;
@@ -176,21 +212,19 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
   __syncthreads();
 
   const u32 own_bytes = warp * 2048 + own_row * 128 + ((t >> 1 ^ own_row) << 4) + (t & 1) * 8;
+  const u32 own_scales = (warp * 16 + own_row) * 4;
   uint2 words[CHUNK][2];  // of the blocks of a unit, of a lane's two rows
   u32 absmax[2], next_absmax[2];
   auto take = [&](int step, u32 (&into)[2]) {
     weights.wait(step);
     const int stage = step % W_STAGES;
-    const u32 at = L::W - SHARED_BASE + stage * L::W_BYTES + own_bytes;
+    const u32 at = stage * L::W_BYTES + own_bytes;
 #pragma unroll
     for (int j = 0; j < CHUNK; j++)
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        words[j][half] = *reinterpret_cast<const uint2*>(shared + (at ^ j << 5) + half * 1024);
+      for (int half = 0; half < 2; half++) words[j][half] = load_pair<L::W>((at ^ j << 5) + half * 1024);
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-      into[half] = *reinterpret_cast<const u32*>(shared + L::SCALES - SHARED_BASE + stage * L::SCALE_BYTES +
-                                                 (warp * 16 + own_row + half * 8) * 4);
+    for (int half = 0; half < 2; half++) into[half] = load_word<L::SCALES>(stage * L::SCALE_BYTES + own_scales + half * 32);
     __syncwarp();
     if (lane == 0) weights.release(step);
   };
@@ -218,7 +252,7 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
 
   if (steps > 0) {
     take(0, absmax);
-    decode(words[0], a[0]);
+    decode(words[0], lane, a[0]);
   }
   wait_for_previous();
   for (int step = 0; step < steps; step++) {
@@ -241,12 +275,12 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       float factors[2];  // absmax of a lane's two rows
 #pragma unroll
-      for (int half = 0; half < 2; half++) factors[half] = scales.template factor<true>(absmax, half, j);
+      for (int half = 0; half < 2; half++) factors[half] = scales.template factor<true>(absmax, half, j, lane);
       if (j + 1 < CHUNK) {
-        decode(words[j + 1], a[(j + 1) & 1]);
+        decode(words[j + 1], lane, a[(j + 1) & 1]);
       } else if (more) {
         take(step + 1, next_absmax);
-        decode(words[0], a[0]);
+        decode(words[0], lane, a[0]);
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       hold(block_sum);
@@ -265,13 +299,14 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
   extern "C" __global__ void __maxnreg__(REGISTERS) NAME(                                           \
       const __grid_constant__ TensorMap packed, const u8* absmax, const float* absmax2,             \
       const u32* pairs, const float* code2, const u8* x, float* sums, const u16* lora_a,            \
-      float* shrunk, const u16* lora_b, const int* lora_slots, const float* lora_scales, int count, \
+      float* shrunk, const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride,\
       int ranks, int x_rows, int rows, int columns, int start1, int start2, int group1, int group2, \
-      float offset0, float offset1, float offset2) {                                                \
+      float offset0, float offset1, float offset2, const __grid_constant__ TensorMap ahead_packed,  \
+      const u8* ahead_absmax, int ahead_rows, int ahead_columns) {                                  \
     const Matrix m = {nullptr, absmax, absmax2, rows, columns, start1, start2,                      \
                       group1, group2, offset0, offset1, offset2};                                   \
-    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, count, ranks};          \
-    nf4_matmul<P, GROUPS, OWN, OTHERS, ALIGNED>(&packed, m, beside, pairs, code2, x, sums, x_rows); \
+    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, stride, ranks};         \
+    nf4_matmul<P, GROUPS, OWN, OTHERS, ALIGNED>(&packed, m, beside, {&ahead_packed, ahead_absmax, ahead_rows, ahead_columns}, pairs, code2, x, sums, x_rows); \
   }
 
 INSTANCE(nf4_matmul_8, 8, 3, 80, 0, 0, true)

@@ -47,10 +47,8 @@ __device__ __forceinline__ int tiled_at(int row, int column, int padded) {
   return ((column >> 6) * padded + row) * 64 + piece * 8 + (inner >> 4) * 2 + (inner & 1);
 }
 
-// 1 / rms of a row before the norm that was put off; share: 1 / its columns.
-__device__ __forceinline__ float inverse_rms(const float* squares, int row, float share, float eps) {
-  return rsqrtf(__ldcg(squares + row) * share + eps);
-}
+// 1 / rms of a row before the norm that was put off, of its squares' sum; share: 1 / its columns.
+__device__ __forceinline__ float inverse_rms(float squares, float share, float eps) { return rsqrtf(squares * share + eps); }
 
 // Of the slots that lanes have, that of the first lane in `left`, a bit each, 0 if none is left; all lanes that
 // have it are taken out.
@@ -62,17 +60,17 @@ __device__ __forceinline__ int take_slot(int mine, u32& left) {
 
 // shrunk += A x, of a product's x: by who makes that, or beside the product.
 struct Shrinking {
-  const u16* a;      // [count, ranks, K], ranks of all parts; null: no row has an adapter, or not here
+  const u16* a;      // [slots, ranks, K], ranks of all parts; null: no row has an adapter, or not here
   const int* slots;  // of each row, from 1; 0 for none
-  float* shrunk;     // A x, [M, count * ranks]
-  int count, ranks;
+  float* shrunk;     // A x, [M, slots, ranks], a row `stride` after the one before
+  int stride, ranks;
 };
 
 // sums += scale * B (A x): beside the product, or by who reads its sums.
 struct Expanding {
-  const float* shrunk;  // A x, [M, count, parts, ranks]
-  const u16* b;         // [count, N, ranks]; null: no row has an adapter, or not here
+  const float* shrunk;  // A x, [M, slots, parts, ranks], a row `stride` after the one before
+  const u16* b;         // [slots, N, ranks]; null: no row has an adapter, or not here
   const int* slots;     // of each row, from 1; 0 for none
   const float* scales;  // of each row
-  int count, ranks;
+  int stride, ranks;
 };

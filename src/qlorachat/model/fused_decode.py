@@ -20,7 +20,7 @@ from qlorachat.kernels.decode_attention import (
     has_clusters,
     make_meeting,
 )
-from qlorachat.kernels.decode_lora import Expanding, Shrinking
+from qlorachat.kernels.decode_lora import Expanding, Shrinking, shrunk_stride
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.nf4_matmul import MOST_ROWS, nf4_matmul_tiled
@@ -86,11 +86,13 @@ class _Workspace:
         self._sums = torch.zeros(padded * most, device=like.device)
         # zero at the start of a step: squares of the rows before each norm, A x of each product
         norms, ranks = len(products) // 2, [product.ranks for product in products]
-        self.cleared = torch.empty(padded * (norms + sum(ranks)), device=like.device)
-        sizes = [padded * size for size in (norms, *ranks)]
+        sizes = [padded * size for size in (norms, *map(shrunk_stride, ranks))]
+        self.cleared = torch.empty(sum(sizes), device=like.device)
         squares, *shrunk = self.cleared.split_with_sizes(sizes)
         self._squares = squares.view(norms, padded)
-        self._shrunk = [own.view(padded, -1) for own in shrunk]
+        self._shrunk = [
+            own.view(padded, -1)[:, :size] for own, size in zip(shrunk, ranks, strict=True)
+        ]
 
     def reset(self) -> None:
         """After a step that did not end: its sums may not be zero."""
@@ -190,7 +192,9 @@ class FusedDecode:
         weight, of_qkv = self._products[number].weight, number % 4 == 0
         sums = space.sums(len(rows.ids), weight.rows)
         lora = (self._expanding if of_qkv else self._shrinking)(rows, space, number)
-        nf4_matmul_tiled(x, weight, sums, lora)
+        following = self._products[number + 1 : number + 2]
+        ahead = following[0].weight if following else None
+        nf4_matmul_tiled(x, weight, sums, lora, ahead=ahead)
         return sums
 
     def _shrinking(self, rows: Rows, space: _Workspace, number: int) -> Shrinking | None:

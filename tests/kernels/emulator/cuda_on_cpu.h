@@ -682,6 +682,11 @@ inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& v
 inline void bar_sync(Address number, int threads) { sync_some(number, threads); }
 inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(const std::array<uint32_t*, 4>& to, Address at) { load_matrices(to, at); }
 inline void ld_shared_u32(uint32_t& to, Address at) { memcpy(&to, shared_memory(at, 4, "ld.shared"), 4); }
+inline void ld_shared_v2_u32(const std::array<uint32_t*, 2>& to, Address at) {
+  const uint8_t* from = shared_memory(at, 8, "ld.shared");
+  memcpy(to[0], from, 4);
+  memcpy(to[1], from + 4, 4);
+}
 inline void mapa_shared_cluster_u32(Address& theirs, Address own, int rank) {
   shared_memory(own, 1, "mapa");
   if (rank < 0 || rank >= static_cast<int>(blocks.size())) ON_CPU_FAIL("block %d of a cluster of %zu", rank, blocks.size());
@@ -801,6 +806,15 @@ inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_b
   if (from[0] < 0 || from[1] < 0) ON_CPU_FAIL("a tensor copy from %d, %d", from[0], from[1]);
   start(at, {at, nullptr, barrier, 8192, now->block, matrix, from[1], from[0]});
 }
+inline void cp_async_bulk_prefetch_L2_global(const void* from, int bytes) {
+  global(from, static_cast<size_t>(bytes), "a bulk prefetch", 16);
+  if (bytes % 16) ON_CPU_FAIL("a bulk prefetch of %d bytes", bytes);
+}
+inline void cp_async_bulk_prefetch_tensor_2d_L2_global(const void* map, const std::array<int, 2>& from) {
+  const Matrix* matrix = *static_cast<const Matrix* const*>(map);
+  if (from[0] < 0 || from[1] < 0 || from[0] >= matrix->bytes)  // rows past the last are left out
+    ON_CPU_FAIL("a tensor prefetch from %d, %d", from[0], from[1]);
+}
 
 }  // namespace ptx
 
@@ -827,6 +841,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 template <class T> T __ldg(const T* at) { return *reinterpret_cast<const T*>(on_cpu::global(at, sizeof(T), "__ldg")); }
 template <class T> T __ldcg(const T* at) { return *reinterpret_cast<const T*>(on_cpu::global(at, sizeof(T), "__ldcg")); }
+template <class T> T __ldca(const T* at) { return *reinterpret_cast<const T*>(on_cpu::global(at, sizeof(T), "__ldca")); }
 template <class T> T atomicAdd(T* at, T value) {
   on_cpu::global(at, sizeof(T), "atomicAdd");
   const T before = *at;
