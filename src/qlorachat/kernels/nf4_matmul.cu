@@ -53,10 +53,8 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
     beside.template add<P>(m, x, sums, x_rows, blockIdx.x * HELPERS + warp - WARPS, gridDim.x * HELPERS);
     return;
   }
-  const int items = ((m.columns >> 6) + CHUNK - 1) / CHUNK, last_group = m.rows / 16 - 1;
-  const long long units = static_cast<long long>((m.rows + HEIGHT - 1) / HEIGHT) * items;
-  const int begin = static_cast<int>(units * blockIdx.x / gridDim.x);
-  const int steps = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - begin;
+  const Share share(m.rows, m.columns, HEIGHT);
+  const int items = share.items, begin = share.begin, steps = share.steps, last_group = m.rows / 16 - 1;
 
   const TableEntries<WARPS * 32> entries(pairs, code2);
   // Lane 4 g + t has rows 2 (g % 4) + g / 4 and 8 further, as it reads them: no two of 16 lanes then share a

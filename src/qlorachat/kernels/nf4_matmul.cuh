@@ -23,6 +23,16 @@ struct Walk {
   }
 };
 
+// A block's run of the units, of `height` rows each; items: units of a row block.
+struct Share {
+  int items, begin, steps;
+  __device__ __forceinline__ Share(int rows, int columns, int height) : items(((columns >> 6) + CHUNK - 1) / CHUNK) {
+    const long long units = static_cast<long long>((rows + height - 1) / height) * items;
+    begin = static_cast<int>(units * blockIdx.x / gridDim.x);
+    steps = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - begin;
+  }
+};
+
 // What a warp knows of absmax2 for a unit: of a lane's rows, 8 apart.
 // ALIGNED: K is a multiple of 256, so that a unit's row lies in one group of 256 absmax bytes.
 template <bool ALIGNED> struct Scales {

@@ -93,16 +93,6 @@ template <int P, int GROUPS> struct Layout {
   static constexpr u32 BARRIERS = SCALES + W_STAGES * SCALE_BYTES;
 };
 
-// A block's run of all units.
-struct Share {
-  int items, begin, steps;
-  __device__ __forceinline__ Share(int rows, int columns, int height) : items(((columns >> 6) + CHUNK - 1) / CHUNK) {
-    const long long units = static_cast<long long>((rows + height - 1) / height) * items;
-    begin = static_cast<int>(units * blockIdx.x / gridDim.x);
-    steps = static_cast<int>(units * (blockIdx.x + 1) / gridDim.x) - begin;
-  }
-};
-
 // The weight of the product that follows. Memory has nothing to do until then: its first units come to the L2.
 struct Ahead {
   const TensorMap* packed;
@@ -189,7 +179,7 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
       for (int s = 0; s < steps; s++) {
         producer.fetch_x(s);
         producer.fetch_weights(s + W_STAGES);
-        if (P <= 16 && s == max(steps - W_STAGES, 0)) ahead.look<L::HEIGHT>();
+        if (P <= 16 && s == max(steps - W_STAGES, 0)) ahead.look<L::HEIGHT>();  // with more rows it gains nothing
       }
     }
     return;
