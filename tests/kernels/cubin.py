@@ -22,6 +22,12 @@ def registers(code: bytes) -> dict[str, int]:
     return found
 
 
+def opcodes(code: bytes, kernel: str) -> list[int]:
+    """Of a kernel's instructions, in order; an instruction has 16 bytes."""
+    text = dict(_sections(code))[f".text.{kernel}"]
+    return [struct.unpack_from("<H", text, at)[0] & 0xFFF for at in range(0, len(text), 16)]
+
+
 def _sections(code: bytes) -> Iterator[tuple[str, bytes]]:
     """Of an ELF file of 64 bit."""
     (table,) = struct.unpack_from("<Q", code, 0x28)

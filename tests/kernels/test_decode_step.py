@@ -129,3 +129,14 @@ def test_the_source_compiles(architecture: str) -> None:
     assert code.startswith(b"\x7fELF")
     kernels = ("begin_residual", "add_to_residual", "silu_mul")
     assert set(registers(code)) == {f"{each}_{tiles}" for each in kernels for tiles in (1, 2)}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("rows", [8, 16])
+def test_swiglu_of_few_rows_fits_beside_a_product(rows: int) -> None:
+    """Of 16,384 registers a scheduler, which has 4 warps of the product and 2 of the other 7."""
+    found: dict[str, int] = {}
+    for source in ("decode_step.cu", "nf4_matmul_hopper.cu"):
+        found |= registers(cuda_source.compile_source(source, "sm_90a", ["SHARED_BASE=1024"]))
+    product, other = (-(-found[name] // 8) * 8 for name in (f"nf4_matmul_{rows}", "silu_mul_1"))
+    assert 32 * (4 * product + 2 * other) <= 16384

@@ -14,7 +14,7 @@ from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
-from tests.kernels.cubin import registers
+from tests.kernels.cubin import opcodes, registers
 from tests.kernels.emulator import AMPERE, HOPPER
 from tests.kernels.step_cases import assert_shrunk, beside, expanded, make_beside
 
@@ -119,6 +119,20 @@ def test_a_processor_has_room_for_a_product(architecture: str) -> None:
         for kernel in (f"nf4_matmul_{rows}", f"nf4_matmul_{rows}_ragged"):
             whole = -(-found[kernel] // 8) * 8
             assert -(-threads // 128) * 32 * whole <= 16384, kernel
+
+
+@needs_nvrtc
+def test_hopper_s_loop_does_not_ask_for_its_thread() -> None:
+    """S2R takes dozens of clocks, and all decoding waits for it: a twentieth of a product."""
+    s2r, hgmma = 0x919, 0xDF0
+    base = f"SHARED_BASE={ARCHITECTURES['sm_90a']}"
+    code = cuda_source.compile_source("nf4_matmul_hopper.cu", "sm_90a", [base])
+    for rows in ROWS:
+        found = opcodes(code, f"nf4_matmul_{rows}")
+        products = [at for at, opcode in enumerate(found) if opcode == hgmma]
+        assert len(products) == 4 * 4  # of a unit, whose loop they span
+        assert s2r in found
+        assert s2r not in found[products[0] : products[-1]], rows
 
 
 @needs_nvrtc

@@ -66,7 +66,8 @@ struct Shrinking {
   int stride, ranks;
 };
 
-// sums += scale * B (A x): beside the product, or by who reads its sums.
+// sums += scale * B (A x): beside the product, or by who reads its sums. All warps of a card read A x at once: by
+// way of the L1 (__ldca), and as the squares.
 struct Expanding {
   const float* shrunk;  // A x, [M, slots, parts, ranks], a row `stride` after the one before
   const u16* b;         // [slots, N, ranks]; null: no row has an adapter, or not here
