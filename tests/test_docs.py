@@ -1,10 +1,14 @@
-"""The documents' code runs, their links lead somewhere, and they name every hook and option."""
+"""The documents' code runs, their links lead somewhere, they name every hook and option, and what
+they say of a card's speed is what was measured.
+"""
 
+import json
 import re
 import subprocess
 import sys
 from inspect import getmembers, isfunction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +68,43 @@ def test_shell_runs(where: str, code: str, tmp_path: Path) -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for target in LINK.findall(path.read_text("utf-8")):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
+def test_the_readme_s_speeds_were_measured(name: str) -> None:
+    lines, record = (ROOT / name).read_text("utf-8").splitlines(), results("decode")
+    (said,) = (line for line in lines if "docs/performance.md" in line and "H200" in line)
+    theirs = "transformers + PEFT generate"
+    for batch in (1, 32):
+        ours = record[f"engine, batch {batch}, context 256, one adapter, tokens/s"]
+        for speed in (ours, record[f"{theirs}, batch {batch}, tokens/s"]):
+            assert re.search(rf"\b{speed:,.0f}\b", said), speed
+
+
+def test_speeds_on_a_card_were_measured() -> None:
+    text, record = (ROOT / "docs" / "performance.md").read_text("utf-8"), results("decode")
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| \S+ \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for batch, context, own in rows:
+        case = f"engine, batch {batch}, context {context.replace(',', '')}"
+        base, ours = (record[f"{case}, {who}, tokens/s"] for who in ("base", "one adapter"))
+        assert own == f"{base:,.0f} | **{ours:,.0f}** | {100 * (1 - ours / base):.1f} %"
+
+
+def test_times_of_products_were_measured() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    columns = ("bitsandbytes", "mma", "mma with B", "wgmma", "wgmma with B")
+    shown = [line for line in results("kernels")["lines"] if line["shape"][:2] in ("7B", "13")]
+    shown = [line for line in shown if line["rows"] not in (2, 4)]
+    assert len(shown) == 35
+    for line in shown:
+        times = " | ".join(f"{line[f'{column}, us']:.1f}" for column in columns)
+        share = f"{line['wgmma, % of copy']:.0f} %"
+        assert f"| {line['shape']} | {line['rows']} | {times} | {share} |\n" in text
 
 
 def test_every_hook_is_documented() -> None:
