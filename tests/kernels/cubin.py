@@ -4,6 +4,7 @@ import struct
 from collections.abc import Iterator
 
 _REGISTERS = 0x2F  # EIATTR_REGCOUNT
+_NOBITS = 8  # a section that has a size and nothing in the file
 _SIZED = 0x04  # an attribute with a payload of its own size; others have two bytes
 
 
@@ -28,14 +29,19 @@ def opcodes(code: bytes, kernel: str) -> list[int]:
     return [struct.unpack_from("<H", text, at)[0] & 0xFFF for at in range(0, len(text), 16)]
 
 
+def shared_bytes(code: bytes, kernel: str) -> int:
+    """That a block has whatever is asked for at its launch, what is the driver's included."""
+    return len(dict(_sections(code))[f".nv.shared.{kernel}"])
+
+
 def _sections(code: bytes) -> Iterator[tuple[str, bytes]]:
     """Of an ELF file of 64 bit."""
     (table,) = struct.unpack_from("<Q", code, 0x28)
     width, count, of_names = struct.unpack_from("<HHH", code, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", code, table + i * width) for i in range(count)]
     names = code[headers[of_names][4] :]
-    for name, _, _, _, offset, size in headers:
-        yield _text(names, name), code[offset : offset + size]
+    for name, kind, _, _, offset, size in headers:
+        yield _text(names, name), bytes(size) if kind == _NOBITS else code[offset : offset + size]
 
 
 def _text(names: bytes, start: int) -> str:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from qlorachat.kernels import cuda_source, silu_mul
+from qlorachat.kernels import cuda_source, decode_step, nf4_matmul, silu_mul
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tile, untile
-from tests.kernels.cubin import registers
+from tests.kernels.cubin import registers, shared_bytes
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
@@ -131,12 +131,24 @@ def test_the_source_compiles(architecture: str) -> None:
     assert set(registers(code)) == {f"{each}_{tiles}" for each in kernels for tiles in (1, 2)}
 
 
+BESIDE = [  # rows of a product, a kernel that waits beside it, warps of its that one scheduler has
+    *((8, "add_to_residual_1", 1), (8, "silu_mul_1", 2)),
+    *((16, "add_to_residual_1", 1), (16, "silu_mul_1", 2)),
+    *((32, "add_to_residual_2", 1), (32, "silu_mul_2", 1)),
+]
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("rows", [8, 16])
-def test_swiglu_of_few_rows_fits_beside_a_product(rows: int) -> None:
-    """Of 16,384 registers a scheduler, which has 4 warps of the product and 2 of the other 7."""
-    found: dict[str, int] = {}
-    for source in ("decode_step.cu", "nf4_matmul_hopper.cu"):
-        found |= registers(cuda_source.compile_source(source, "sm_90a", ["SHARED_BASE=1024"]))
-    product, other = (-(-found[name] // 8) * 8 for name in (f"nf4_matmul_{rows}", "silu_mul_1"))
-    assert 32 * (4 * product + 2 * other) <= 16384
+@pytest.mark.parametrize(("rows", "kernel", "warps"), BESIDE)
+def test_a_block_fits_beside_a_product(rows: int, kernel: str, warps: int) -> None:
+    """With all memory for pieces that it may have beside one, on a Hopper processor."""
+    step, product = (
+        cuda_source.compile_source(source, "sm_90a", ["SHARED_BASE=1024"])
+        for source in ("decode_step.cu", "nf4_matmul_hopper.cu")
+    )
+    name = f"nf4_matmul_{rows}"
+    found = registers(step) | registers(product)
+    own, others = (-(-found[each] // 8) * 8 for each in (kernel, name))
+    assert 32 * (4 * others + warps * own) <= 65536 // 4  # of one of four schedulers
+    taken = nf4_matmul._hopper_instance(rows).shared_bytes + shared_bytes(product, name)
+    assert taken + decode_step._BESIDE[rows] + shared_bytes(step, kernel) <= 228 * 1024

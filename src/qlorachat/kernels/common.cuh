@@ -23,6 +23,21 @@ __device__ __forceinline__ void wait_for_previous() {
 
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+// BYTES into shared memory, asynchronously; zeros unless `wanted`.
+template <int BYTES> __device__ __forceinline__ void copy(u32 to, const void* from, bool wanted = true) {
+  const int bytes = wanted ? BYTES : 0;
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(bytes), "n"(BYTES) : "memory");
+  }
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until of a thread's groups of copies only the last LEFT may be on their way.
+template <int LEFT> __device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
 // Until the phase of an mbarrier, at an address in shared memory, has ended.
 __device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
   asm volatile(

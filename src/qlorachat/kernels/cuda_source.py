@@ -17,7 +17,7 @@ from qlorachat.user_cache import cache_root
 
 log = logging.getLogger(__name__)
 
-HEADERS = ("common.cuh", "lora.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh")
+HEADERS = ("common.cuh", "lora.cuh", "lora_between.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh")
 
 # How a Hopper processor splits its 256 kB in a fused step, in % of the most that shared memory may
 # have: one split for every kernel, so that none waits for another.
@@ -117,6 +117,11 @@ def shared_bytes(device: torch.device) -> int:
     """Dynamic shared memory that one block may have."""
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
+
+
+def is_roomy(device: torch.device) -> bool:
+    """Whether a block may have far more shared memory than 99 kB: on Hopper and the A100."""
+    return shared_bytes(device) >= 160 * 1024
 
 
 @functools.cache

@@ -216,15 +216,6 @@ struct Scratch {
   Splits all;                       // where a context has several blocks
 };
 
-// A piece, or a row's tail, into shared memory; zeros where it is not wanted.
-__device__ __forceinline__ void copy_piece(u32 to, const Cached* from, bool wanted) {
-#if IN_8_BITS
-  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(wanted ? 8 : 0) : "memory");
-#else
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
-#endif
-}
-
 // A piece as numbers, in 8 bits without their scale.
 __device__ __forceinline__ Eight read_piece(const u8* at) {
   Eight eight;
@@ -296,18 +287,18 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
         const int offset = i * TOGETHER + lane / LANES;
         const u64 from = ((place + offset) * kv_heads + kv_head) * ROW;
         const u32 to = landing + stage * STAGE_BYTES + i * LOAD_BYTES;
-        copy_piece(to, cache.keys + from + lane % LANES * 8, base + offset < stop);
-        copy_piece(to + LOADS * LOAD_BYTES, cache.values + from + lane % LANES * 8, base + offset < stop);
+        copy<PIECE>(to, cache.keys + from + lane % LANES * 8, base + offset < stop);
+        copy<PIECE>(to + LOADS * LOAD_BYTES, cache.values + from + lane % LANES * 8, base + offset < stop);
 #if IN_8_BITS
         if (lane % LANES == 0) {
           const u32 tail = tails + stage * STAGE_BYTES + i * TAIL_BYTES;
-          copy_piece(tail, cache.keys + from + HEAD_DIM, base + offset < stop);
-          copy_piece(tail + LOADS * TAIL_BYTES, cache.values + from + HEAD_DIM, base + offset < stop);
+          copy<TAIL>(tail, cache.keys + from + HEAD_DIM, base + offset < stop);
+          copy<TAIL>(tail + LOADS * TAIL_BYTES, cache.values + from + HEAD_DIM, base + offset < stop);
         }
 #endif
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   };
   int base = start + warp * STEP;
 #pragma unroll
@@ -408,7 +399,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   Softmax heads[GROUP];
   for (int stage = 0; base < stop; base += WARPS * STEP, stage = stage + 1 == STAGES ? 0 : stage + 1) {
     fetch(base + (STAGES - 1) * WARPS * STEP, stage == 0 ? STAGES - 1 : stage - 1);
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");  // a lane reads what it copied itself
+    wait_for_copies<STAGES - 1>();  // a lane reads what it copied itself
     const u8* own_pieces = ring + stage * STAGE_BYTES + lane * PIECE;
     float scores[GROUP][LOADS];
 #pragma unroll

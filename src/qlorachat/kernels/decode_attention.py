@@ -15,7 +15,6 @@ from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
 SOURCE = "decode_attention.cu"
 _THREADS, _STEP = 128, 8  # as in the source; _STEP: positions of a warp at a time
-_ROOMY = 160 * 1024  # bytes of shared memory: Hopper and the A100 have them, others 99 kB
 _BLOCK_BYTES = 48 * 1024  # of shared memory, about
 _MOST_SPLITS = 8  # blocks of a cluster, on every card that has them
 _MOST_HEADS, _MOST_COLUMNS = 8, 1024  # queries of one key head: registers, shared memory
@@ -211,7 +210,7 @@ def _choose_splits(contexts: int, width: int, device: torch.device) -> int:
 
 def _stages(device: torch.device) -> int:
     """Of a warp's ring."""
-    return 3 if cuda_source.shared_bytes(device) >= _ROOMY else 2
+    return 3 if cuda_source.is_roomy(device) else 2
 
 
 def _most_blocks(device: torch.device) -> int:

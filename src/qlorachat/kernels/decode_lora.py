@@ -34,6 +34,11 @@ class Shrinking(NamedTuple):
     slots: torch.Tensor
     shrunk: torch.Tensor
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Slots and ranks of A."""
+        return self.a.shape[0], self.a.shape[1]
+
     def check(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         slots, ranks, _ = self.a.shape
         assert self.a.shape == (slots, ranks, columns)
@@ -59,6 +64,11 @@ class Expanding(NamedTuple):
     b: torch.Tensor
     slots: torch.Tensor
     scales: torch.Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Slots and ranks of B."""
+        return self.b.shape[0], self.b.shape[2]
 
     def check(self, rows: int, heights: Sequence[int], dtype: torch.dtype) -> None:
         slots, outputs, ranks = self.b.shape

@@ -8,6 +8,7 @@ beside it, and who reads the product's sums multiplies them by 1 / rms(h).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -23,12 +24,21 @@ from qlorachat.kernels.decode_lora import (
     shrinking_arguments,
 )
 from qlorachat.kernels.sums import LateNorm, check_squares, check_sums, take_sums_reference
-from qlorachat.kernels.tiles import tiled_shape, write_tiled
+from qlorachat.kernels.tiles import rows_padded, tiled_shape, write_tiled
 
 SOURCE = "decode_step.cu"
-_ROWS, _WARPS = 8, 4  # of a block
-_SWIGLU_WARPS = 7  # for few rows
-_FEW = 16  # rows up to which a warp has 16 columns, not 32
+_ROWS = 8  # of a block
+_WARPS = 4  # of a block, but for SwiGLU of few rows
+_SWIGLU_WARPS = 7
+_FEW = 16  # rows up to which a warp has one tile of columns, not two
+_COLUMNS = 16  # of a tile
+_PIECE_BYTES = 512  # of 16 ranks of a tile, PIECE in lora_between.cuh
+_LEAST = {1: (4, 8), 2: (2, 3)}  # of B and A, that are used at once: GROUPS there, by tiles
+# bytes of shared memory for a block's pieces: what a product of so many padded rows leaves, beside
+# which a block then waits; of most rows nothing fits beside one
+_BESIDE = {8: 58 * 1024, 16: 46 * 1024, 32: 32 * 1024, 64: 64 * 1024}
+_ALONE = 64 * 1024  # for those of one adapter, beside a product or not
+_LITTLE = 24 * 1024  # on cards that are not roomy
 
 
 def begin_residual(
@@ -56,11 +66,12 @@ def begin_residual(
     if not residual.is_cuda:
         begin_residual_reference(ids, embedding, weight, x, residual, squares, shrinking)
         return
+    room = _find_room(rows, residual.device, None, shrinking)
     arguments = (
         *(ids, embedding, weight, x, residual, squares),
-        *(*shrinking_arguments(shrinking), rows, width, x.shape[1]),
+        *(*shrinking_arguments(shrinking), room.a, rows, width, x.shape[1]),
     )
-    _launch("begin_residual", width, rows, arguments, residual)
+    _launch("begin_residual", width, rows, arguments, residual, room)
 
 
 def add_to_residual(
@@ -92,12 +103,13 @@ def add_to_residual(
     if not residual.is_cuda:
         add_to_residual_reference(sums, residual, weight, x, squares, expanding, shrinking)
         return
+    room = _find_room(rows, residual.device, expanding, shrinking)
     arguments = (
-        *(sums, residual, weight, x, squares, *expanding_arguments(expanding)),
-        *(*shrinking_arguments(shrinking), rows, width, 0 if x is None else x.shape[1]),
+        *(sums, residual, weight, x, squares, *expanding_arguments(expanding), room.b),
+        *(*shrinking_arguments(shrinking), room.a, rows, width, 0 if x is None else x.shape[1]),
     )
     assert width % 64 == 0
-    _launch("add_to_residual", width, rows, arguments, residual)
+    _launch("add_to_residual", width, rows, arguments, residual, room)
 
 
 def silu_mul_sums(
@@ -123,11 +135,13 @@ def silu_mul_sums(
     if not x.is_cuda:
         silu_mul_sums_reference(sums, norm, x, expanding)
         return
+    warps = _SWIGLU_WARPS if rows <= _FEW else _WARPS
+    room = _find_room(rows, x.device, expanding, None, parts=2, warps=warps)
     arguments = (
-        *(sums, norm.squares, x, *expanding_arguments(expanding)),
+        *(sums, norm.squares, x, *expanding_arguments(expanding), room.b),
         *(outputs // 2, 1 / norm.width, norm.eps, rows, x.shape[1]),
     )
-    _launch("silu_mul", outputs // 2, rows, arguments, x)
+    _launch("silu_mul", outputs // 2, rows, arguments, x, room)
 
 
 def begin_residual_reference(
@@ -203,15 +217,57 @@ def _check_normed(
         shrinking.check(rows, width, x.dtype)
 
 
+class _Room(NamedTuple):
+    """Pieces of B and of A that each warp of a block can hold."""
+
+    b: int
+    a: int
+    warps: int
+    bytes: int  # of a block
+
+
+def _find_room(
+    rows: int,
+    device: torch.device,
+    expanding: Expanding | None,
+    shrinking: Shrinking | None,
+    *,
+    parts: int = 1,
+    warps: int = _WARPS,
+) -> _Room:
+    """For all pieces of a block's rows, or for as many as there is memory for."""
+    sizes = [(0, 0) if each is None else each.sizes for each in (expanding, shrinking)]
+    most = _LITTLE
+    if cuda_source.is_roomy(device):
+        alone = all(slots <= 1 for slots, _ in sizes)
+        most = max(_BESIDE[rows_padded(rows)], _ALONE if alone else 0)
+    tiles = _tiles(rows)
+    left = most // (warps * tiles * _PIECE_BYTES)
+    b, a = (min(slots, _ROWS) * ranks // 16 for slots, ranks in sizes)
+    least_b, least_a = _LEAST[tiles]
+    b = min(b, max(least_b, left // parts - min(a, left // 2)))
+    a = min(a, max(least_a, left - b * parts))
+    return _Room(b, a, warps, warps * tiles * (b * parts + a) * _PIECE_BYTES)
+
+
+def _tiles(rows: int) -> int:
+    """Of 16 columns, of a warp."""
+    return 1 if rows <= _FEW else 2
+
+
 def _launch(
-    kernel: str, columns: int, rows: int, arguments: Sequence[Argument], like: torch.Tensor
+    kernel: str,
+    columns: int,
+    rows: int,
+    arguments: Sequence[Argument],
+    like: torch.Tensor,
+    room: _Room,
 ) -> None:
     assert like.dtype == torch.bfloat16
-    tiles = 1 if rows <= _FEW else 2  # few where blocks are few
-    name = f"{kernel}_{tiles}"
-    warps = _SWIGLU_WARPS if name == "silu_mul_1" else _WARPS
+    tiles = _tiles(rows)
     function = cuda_source.load_kernel(
-        SOURCE, name, like.device, shared_percent=cuda_source.STEP_SHARED
+        SOURCE, f"{kernel}_{tiles}", like.device, shared_percent=cuda_source.STEP_SHARED
     )
-    grid = (-(-columns // (16 * warps * tiles)), -(-rows // _ROWS))
-    cuda_source.launch(function, grid, 32 * warps, 0, arguments, like.device, early=True)
+    grid = (-(-columns // (_COLUMNS * tiles * room.warps)), -(-rows // _ROWS))
+    threads = 32 * room.warps
+    cuda_source.launch(function, grid, threads, room.bytes, arguments, like.device, early=True)

@@ -23,15 +23,6 @@ template <int P> struct Layout {
 // Of two, where unit or part `number` is.
 __device__ __forceinline__ u32 stage_of(u32 base, int number, int bytes) { return base + (number & 1) * bytes; }
 
-// BYTES into shared memory; zeros unless `wanted`.
-template <int BYTES> __device__ __forceinline__ void copy(u32 to, const void* from, bool wanted) {
-  if constexpr (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(wanted ? 4 : 0) : "memory");
-  }
-}
-
 // The warps of the product, not the others.
 __device__ __forceinline__ void wait_for_warps() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
 
@@ -90,12 +81,11 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
       copy<16>(to + at + threadIdx.x * 16, from + at + threadIdx.x * 16, true);
     if (++x_part == items * L::PARTS) x_part = 0;
   };
-  auto commit = [] { asm volatile("cp.async.commit_group;" ::: "memory"); };
   ask_for_weights(scales);
   entries.fill<false>();
   wait_for_previous();
   fetch_x();
-  commit();
+  commit_copies();
 
   const u32 own_x = (lane & 7) * 128 + ((lane >> 3 ^ (lane & 7)) << 4);  // this lane's row of the first four matrices
   const u32 own_w = (warp * 16 + own_row) * 256 + ((t >> 1 ^ own_row) << 4) + (t & 1) * 8;
@@ -110,16 +100,16 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
 #pragma unroll
     for (int part = 0; part < L::PARTS; part++) {
       if (part == 0) {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        wait_for_copies<0>();
       } else {  // the next unit's weights may yet come
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        wait_for_copies<1>();
       }
       wait_for_warps();  // for what they have copied, and until none reads what is filled next
       fetch_x();
-      commit();
+      commit_copies();
       if (part == 0) {
         ask_for_weights(next_scales);
-        commit();
+        commit_copies();
         uint2 words[2];
         take(0, words);
         decode(words, lane, a);

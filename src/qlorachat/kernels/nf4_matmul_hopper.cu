@@ -9,6 +9,8 @@
 #include "nf4_matmul.cuh"
 
 constexpr int W_STAGES = 3; // of the weights' ring
+// Of these, filled before the wait: more would be in the way of the sums that the kernel before reads.
+template <int P> constexpr int EARLY = P == 8 ? 2 : W_STAGES;
 constexpr int HELPERS = 3;  // warps for the adapters
 constexpr int AHEAD = 3;    // units of the next product that a block brings to the L2
 
@@ -171,13 +173,14 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
       rows.begin(L::WARPS);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      for (int s = 0; s < W_STAGES; s++) producer.fetch_weights(s);
+      for (int s = 0; s < EARLY<P>; s++) producer.fetch_weights(s);
     }
     __syncthreads();
     if (lane == 0) {
       wait_for_previous();
       for (int s = 0; s < steps; s++) {
         producer.fetch_x(s);
+        for (int late = EARLY<P>; s == 0 && late < W_STAGES; late++) producer.fetch_weights(late);
         producer.fetch_weights(s + W_STAGES);
         if (P <= 16 && s == max(steps - W_STAGES, 0)) ahead.look<L::HEIGHT>();  // with more rows it gains nothing
       }

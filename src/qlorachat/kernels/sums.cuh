@@ -24,6 +24,16 @@ __device__ __forceinline__ void add_pair(float* at, float a, float b) {
 #endif
 }
 
+__device__ __forceinline__ void add_four(float* at, const float4& four) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w)
+               : "memory");
+#else
+  add_pair(at, four.x, four.y);
+  add_pair(at + 2, four.z, four.w);
+#endif
+}
+
 // Of 16 rows of the weight and 8 of x, as mma leaves them: added to sums from `to` on, for x's rows whose
 // bit is set. A lane has two rows of x for one of the weight; with the one that has the next row of the weight,
 // NEXT lanes away, it makes that one for two.

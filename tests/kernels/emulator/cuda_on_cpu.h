@@ -678,6 +678,10 @@ inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& v
   sums[0] += *values[0];
   sums[1] += *values[1];
 }
+inline void red_global_add_v4_f32(const void* at, const std::array<float*, 4>& values) {
+  float* sums = reinterpret_cast<float*>(global(at, 16, "a reduction"));
+  for (size_t i = 0; i < 4; i++) sums[i] += *values[i];
+}
 
 inline void bar_sync(Address number, int threads) { sync_some(number, threads); }
 inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(const std::array<uint32_t*, 4>& to, Address at) { load_matrices(to, at); }
@@ -834,9 +838,11 @@ inline void cp_async_bulk_prefetch_tensor_2d_L2_global(const void* map, const st
 
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 template <class T> T __ldg(const T* at) { return *reinterpret_cast<const T*>(on_cpu::global(at, sizeof(T), "__ldg")); }
