@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlorachat.kernels.eight_bits import INT8
+from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled
 from qlorachat.kernels.tiles import untile
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows, fused_decode, fusion
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
@@ -161,6 +162,22 @@ def test_counts_padded_alike_share_a_workspace(model: PagedLlama) -> None:
         )
         assert_clear(model._fused)
     assert len(model._fused._workspaces) == 1
+
+
+@torch.inference_mode()
+def test_a_product_is_told_what_follows(model: PagedLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong weight would cost time alone: nothing else tells."""
+    given: list[tuple[Any, Any]] = []
+
+    def note(x: Any, weight: Any, sums: Any, lora: Any, *, ahead: Any) -> None:
+        given.append((weight, ahead))
+        nf4_matmul_tiled(x, weight, sums, lora, ahead=ahead)
+
+    monkeypatch.setattr(fused_decode, "nf4_matmul_tiled", note)
+    fuse(model)(decode_rows((1, 2, 0), active=True), cache())
+    weights, following = zip(*given, strict=True)
+    assert len(weights) == 4 * LAYERS
+    assert all(ahead is own for ahead, own in zip(following, (*weights[1:], None), strict=True))
 
 
 @torch.inference_mode()
