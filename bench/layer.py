@@ -1,0 +1,147 @@
+"""What a layer of a decode step takes on one CUDA card, without scheduling and sampling.
+
+    python bench/layer.py [--rows 1 8 32 64] [--ranks 16 64] [--context 256]
+
+A quick look before and after a change to a kernel: eight layers of the Llama-2-7B shape with
+random NF4 weights, without adapter, with one of each rank and with eight of rank 16. All are timed
+in turn, several times over, for a card drifts by a percent within a minute; medians are shown.
+Writes bench/results/layer.json.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+from decode import RESULTS, copy_bandwidth, machine
+from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows
+from qlorachat.model.fused_decode import FusedDecode
+from qlorachat.model.lora import AdapterStacks, LoraRows
+from random_model import HEAD_DIM, SHAPES, build, opened
+
+LAYERS, BLOCK, MOST_ROWS = 8, 16, 64
+STEPS, REPLAYS, ROUNDS = 4, 12, 9  # in a graph, of it between two events, of all that is compared
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="7b")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--context", type=int, default=256)
+    arguments = parser.parse_args()
+    trial = Trial(arguments.size, arguments.context)
+    taken: dict[str, dict[str, float]] = {}
+    for rows in arguments.rows:
+        taken[f"{rows} rows"] = own = trial.run(rows, arguments.ranks)
+        print(f"{rows} rows:", ", ".join(f"{name} {value}" for name, value in own.items()))
+    record = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
+    record |= {"context": arguments.context, "microseconds a layer": taken}
+    (RESULTS / "layer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+class Trial:
+    """A model of a few layers, and graphs of its fused steps; all rows have one context."""
+
+    def __init__(self, size: str, context: int) -> None:
+        SHAPES["layers"] = {**SHAPES[size], "num_hidden_layers": LAYERS}
+        HEAD_DIM["layers"] = HEAD_DIM[size]
+        model = build("layers", "cuda")
+        self.context = context
+        self.stacks = AdapterStacks(
+            LAYERS, opened(model, "layers").info.shapes, dtype=model.dtype, device=model.device
+        )
+        self.paged = PagedLlama(model, self.stacks)
+        self.blocks = -(-context // BLOCK)  # of a row
+        self.cache = KVCache(
+            layers=LAYERS,
+            blocks=MOST_ROWS * self.blocks,
+            block_size=BLOCK,
+            kv_heads=model.config.num_key_value_heads,
+            head_dim=self.paged.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.cache.keys.normal_()
+        self.cache.values.normal_()
+
+    @property
+    def fused(self) -> FusedDecode:
+        assert self.paged._fused is not None
+        return self.paged._fused
+
+    def run(self, rows: int, ranks: list[int]) -> dict[str, float]:
+        """Microseconds a layer, by what is compared."""
+        kinds = {f"rank {rank}": (1, rank) for rank in ranks}
+        if rows >= 8:
+            kinds["eight of rank 16"] = (8, 16)
+        graphs = {"base": self.capture(self.make_rows(rows, 0))}
+        kept = []  # what graphs have the addresses of
+        for name, (slots, rank) in kinds.items():
+            kept.append((self.fused._workspaces, [self.matrices(layer) for layer in range(LAYERS)]))
+            self.fused._workspaces = {}
+            self.allocate(slots, rank)
+            graphs[name] = self.capture(self.make_rows(rows, slots))
+        return measure(graphs)
+
+    def matrices(self, layer: int) -> list[torch.Tensor]:
+        return [each for own in self.stacks.layer(layer).projections for each in (own.a, own.b)]
+
+    def allocate(self, slots: int, rank: int) -> None:
+        self.stacks.allocate(slots, rank)
+        for layer in range(LAYERS):
+            for matrix in self.matrices(layer):
+                matrix.normal_(std=0.01)
+
+    def make_rows(self, count: int, slots: int) -> Rows:
+        """Neighbours share one of `slots` adapters; 0: none has any."""
+        device = self.paged.device
+        whole = torch.arange(count, dtype=torch.int32, device=device)
+        tables = torch.arange(count * self.blocks, dtype=torch.int32, device=device)
+        tables = tables.view(count, self.blocks)
+        last = self.context - 1
+        lora = LoraRows(False)
+        if slots:
+            own = (whole * slots // count + 1).int()
+            lora = LoraRows(True, slots=own, scales=torch.ones(count, device=device))
+        return Rows(
+            ids=whole.long() + 5,
+            positions=torch.full_like(whole, last),
+            slots=tables[:, last // BLOCK] * BLOCK + last % BLOCK,
+            attention=DecodeRows(tables, torch.full_like(whole, self.context)),
+            lora=lora,
+        )
+
+    def capture(self, rows: Rows) -> tuple[torch.cuda.CUDAGraph, Rows]:
+        for _ in range(2):
+            self.fused(rows, self.cache)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(STEPS):
+                self.fused(rows, self.cache)
+        return graph, rows
+
+
+def measure(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, Rows]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(ROUNDS):
+        for name, (graph, _) in graphs.items():
+            graph.replay()
+            events: Any = torch.cuda.Event
+            start, end = (events(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(REPLAYS):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1000 / (REPLAYS * STEPS * LAYERS))
+    return {name: round(median(own), 2) for name, own in times.items()}
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
