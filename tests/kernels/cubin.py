@@ -1,11 +1,24 @@
 """What a card must know of machine code before it launches a kernel."""
 
+import functools
 import struct
 from collections.abc import Iterator
+
+from qlorachat.kernels import cuda_source
 
 _REGISTERS = 0x2F  # EIATTR_REGCOUNT
 _NOBITS = 8  # a section that has a size and nothing in the file
 _SIZED = 0x04  # an attribute with a payload of its own size; others have two bytes
+
+# where shared memory begins
+ARCHITECTURES = {"sm_80": 0, "sm_86": 0, "sm_89": 0, "sm_90a": 1024, "sm_120": 1024}
+
+
+@functools.cache
+def compiled(name: str, architecture: str) -> bytes:
+    """A source for one of `ARCHITECTURES`, compiled once for all tests."""
+    base = f"SHARED_BASE={ARCHITECTURES[architecture]}"
+    return cuda_source.compile_source(name, architecture, [base])
 
 
 def registers(code: bytes) -> dict[str, int]:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from qlorachat.kernels import cuda_source, decode_step, nf4_matmul, silu_mul
+from qlorachat.kernels import decode_step, nf4_matmul, silu_mul
 from qlorachat.kernels.decode_step import add_to_residual, begin_residual, silu_mul_sums
 from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tile, untile
-from tests.kernels.cubin import registers, shared_bytes
+from tests.kernels.cubin import ARCHITECTURES, compiled, registers, shared_bytes
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
@@ -122,10 +122,9 @@ def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_source_compiles(architecture: str) -> None:
-    definitions = ["SHARED_BASE=0"]
-    code = cuda_source.compile_source("decode_step.cu", architecture, definitions)
+    code = compiled("decode_step.cu", architecture)
     assert code.startswith(b"\x7fELF")
     kernels = ("begin_residual", "add_to_residual", "silu_mul")
     assert set(registers(code)) == {f"{each}_{tiles}" for each in kernels for tiles in (1, 2)}
@@ -142,10 +141,8 @@ BESIDE = [  # rows of a product, a kernel that waits beside it, warps of its tha
 @pytest.mark.parametrize(("rows", "kernel", "warps"), BESIDE)
 def test_a_block_fits_beside_a_product(rows: int, kernel: str, warps: int) -> None:
     """With all memory for pieces that it may have beside one, on a Hopper processor."""
-    step, product = (
-        cuda_source.compile_source(source, "sm_90a", ["SHARED_BASE=1024"])
-        for source in ("decode_step.cu", "nf4_matmul_hopper.cu")
-    )
+    sources = ("decode_step.cu", "nf4_matmul_hopper.cu")
+    step, product = (compiled(source, "sm_90a") for source in sources)
     name = f"nf4_matmul_{rows}"
     found = registers(step) | registers(product)
     own, others = (-(-found[each] // 8) * 8 for each in (kernel, name))

@@ -14,7 +14,7 @@ from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
 from qlorachat.kernels.tiles import rows_padded, tile
-from tests.kernels.cubin import opcodes, registers
+from tests.kernels.cubin import ARCHITECTURES, compiled, opcodes, registers
 from tests.kernels.emulator import AMPERE, HOPPER
 from tests.kernels.step_cases import assert_shrunk, beside, expanded, make_beside
 
@@ -80,15 +80,12 @@ def test_a_matrix_refuses_what_its_bytes_do_not_fit() -> None:
             Nf4Matrix(**{**fields, **wrong})
 
 
-# where shared memory begins
-ARCHITECTURES = {"sm_80": 0, "sm_86": 0, "sm_89": 0, "sm_90a": 1024, "sm_120": 1024}
 ROWS = (8, 16, 32, 64)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_sources_compile(architecture: str) -> None:
-    definitions = [f"SHARED_BASE={ARCHITECTURES[architecture]}"]
     products = [f"nf4_matmul_{rows}{kind}" for rows in ROWS for kind in ("", "_ragged")]
     kernels = {
         "nf4_matmul.cu": products,
@@ -99,19 +96,18 @@ def test_the_sources_compile(architecture: str) -> None:
     for name, wanted in kernels.items():
         if not wanted:
             continue
-        code = cuda_source.compile_source(name, architecture, definitions)
+        code = compiled(name, architecture)
         assert code.startswith(b"\x7fELF")
         assert set(wanted) <= set(registers(code))
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_processor_has_room_for_a_product(architecture: str) -> None:
     """Its four schedulers have 16,384 registers each, and every fourth warp."""
     hopper = architecture == "sm_90a"
     name = "nf4_matmul_hopper.cu" if hopper else "nf4_matmul.cu"
-    base = f"SHARED_BASE={ARCHITECTURES[architecture]}"
-    found = registers(cuda_source.compile_source(name, architecture, [base]))
+    found = registers(compiled(name, architecture))
     make = nf4_matmul_module._hopper_instance if hopper else nf4_matmul_module._instance
     for rows in ROWS:
         threads, shared_bytes = make(rows)
@@ -125,8 +121,7 @@ def test_a_processor_has_room_for_a_product(architecture: str) -> None:
 def test_hopper_s_loop_does_not_ask_for_its_thread() -> None:
     """S2R takes dozens of clocks, and all decoding waits for it: a twentieth of a product."""
     s2r, hgmma, leaving = 0x919, 0xDF0, 0x94D  # S2R, HGMMA, EXIT
-    base = f"SHARED_BASE={ARCHITECTURES['sm_90a']}"
-    code = cuda_source.compile_source("nf4_matmul_hopper.cu", "sm_90a", [base])
+    code = compiled("nf4_matmul_hopper.cu", "sm_90a")
     for rows in ROWS:
         found = opcodes(code, f"nf4_matmul_{rows}")
         products = [at for at, opcode in enumerate(found) if opcode == hgmma]
