@@ -1,7 +1,7 @@
 """Comparing answers of the engine: bfloat16 logits are rounded by how, and beside whom, they are
 computed, so two greedy answers may part where the two likeliest tokens are all but tied."""
 
-from qlorachat import Reply
+from qlorachat import FinishReason, Reply
 
 # natural-log probability; bench/parity.py measured at most 0.25 where answers parted
 NEAR_TIE = 0.5
@@ -17,10 +17,14 @@ def assert_same(mine: Reply, theirs: Reply) -> None:
             assert others.top[0][1] - others.top[1][1] < NEAR_TIE
             return
         assert abs(ours.logprob - others.logprob) < NEAR_TIE
-    shorter, longer = sorted((mine.logprobs, theirs.logprobs), key=len)
-    if len(shorter) < len(longer):  # a stop, which has no text, where the other went on
-        (_, chosen), (text, stop) = longer[len(shorter)].top[:2]
-        assert not text
-        assert chosen - stop < NEAR_TIE
+    if len(mine.logprobs) == len(theirs.logprobs):
+        assert mine.text == theirs.text
         return
-    assert mine.text == theirs.text
+    shorter, longer = sorted((mine, theirs), key=lambda reply: len(reply.logprobs or ()))
+    assert shorter.finish_reason is FinishReason.STOP
+    assert longer.text.startswith(shorter.text)
+    assert shorter.logprobs is not None
+    assert longer.logprobs is not None
+    (_, chosen), (text, stop) = longer.logprobs[len(shorter.logprobs)].top[:2]
+    assert not text  # the other's choice: a stop has none
+    assert chosen - stop < NEAR_TIE

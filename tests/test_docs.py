@@ -95,6 +95,27 @@ def test_speeds_on_a_card_were_measured() -> None:
         assert own == f"{base:,.0f} | **{ours:,.0f}** | {100 * (1 - ours / base):.1f} %"
 
 
+def test_adapters_and_prompts_on_a_card_were_measured() -> None:
+    text, record = (ROOT / "docs" / "performance.md").read_text("utf-8"), results("decode")
+
+    def engine(batch: int, context: int, who: str) -> float:
+        return float(record[f"engine, batch {batch}, context {context}, {who}, tokens/s"])
+
+    rank_64 = "one adapter of rank 64"
+    cases = (
+        (32, 256, "eight adapters", "one adapter", "one"),
+        (1, 1024, rank_64, "base", "the base"),
+        (32, 256, rank_64, "base", "the base"),
+    )
+    for batch, context, who, other, said in cases:
+        own, more = (engine(batch, context, each) for each in (who, other))
+        assert f" | {own:,.0f} ({100 * (1 - own / more):.1f} % below {said}) |\n" in text
+    for batch in (1, 4):
+        ours = record[f"engine, prefill {batch}x2048, one adapter, tokens/s"]
+        theirs = record[f"transformers + PEFT prefill {batch}x2048, tokens/s"]
+        assert f"| {ours:,} (transformers + PEFT: {theirs:,}) |\n" in text
+
+
 def test_times_of_products_were_measured() -> None:
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     columns = ("bitsandbytes", "mma", "mma with B", "wgmma", "wgmma with B")
