@@ -13,8 +13,9 @@ chat: $(READY)
 ui: $(READY)
 	@$(BIN)/qlorachat serve --frontend gradio $(ARGS)
 
+# each worker has one core: numbers then don't depend on how many there are
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from qlorachat.kernels import nf4
 from qlorachat.kernels.decode_lora import Expanding
 from qlorachat.kernels.device import is_hopper
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
+from qlorachat.kernels.nf4_write_out import MOST_RANKS, LoraMatrices, nf4_write_out
 from qlorachat.kernels.tiles import rows_padded, tile
 
 cuda: Any = torch.cuda
@@ -124,9 +125,11 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
     weight = nf4.stack(own, torch.bfloat16)
     moved = weight.packed.numel() + weight.absmax.numel() + 4 * weight.absmax2.numel()
     state, exact = fused_state(own, weight), nf4.nf4_dequantize(weight).double()
-    written = nf4.nf4_write_out(weight)
+    written = nf4_write_out(weight)
     decoded = [dequantize_4bit(packed, own_state) for packed, own_state in own]
     assert torch.equal(written, torch.cat(decoded)), name
+    for ranks in range(16, MOST_RANKS + 1, 16):
+        assert written_excess(weight, ranks) <= 1, (name, ranks)
     sets = max(1, int(ROTATED / moved))
     weights = [
         replace(
@@ -158,6 +161,24 @@ def measure(name: str, copy: float) -> list[dict[str, Any]]:
         lines.append(line)
         print(line, flush=True)
     return lines
+
+
+def written_excess(weight: nf4.Nf4Matrix, ranks: int) -> float:
+    """Of a weight written out with an adapter in it: its largest error, by one rounding."""
+    a = torch.randn(len(weight.heights) * ranks, weight.columns, device="cuda").bfloat16()
+    b = torch.randn(weight.rows, ranks, device="cuda").bfloat16()
+    lora = LoraMatrices(a, b, 0.01)
+    exact, row = nf4.nf4_dequantize(weight).double(), 0
+    sizes = exact.abs()
+    for part, height in enumerate(weight.heights):
+        own_a, own_b = a[part * ranks :][:ranks].double(), b[row : row + height].double()
+        exact[row : row + height] += lora.scale * (own_b @ own_a)
+        sizes[row : row + height] += lora.scale * (own_b.abs() @ own_a.abs())
+        row += height
+    error = (nf4_write_out(weight, lora).double() - exact).abs()
+    return float(
+        (error / (torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + SUMMED * sizes)).max()
+    )
 
 
 def random_adapters(weight: nf4.Nf4Matrix, rows: int, slots: int) -> Expanding:

@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
-from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize, nf4_write_out
+from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
+from qlorachat.kernels.nf4_write_out import (
+    MOST_RANKS,
+    LoraMatrices,
+    nf4_write_out,
+    nf4_write_out_reference,
+)
 from qlorachat.kernels.tiles import rows_padded, tile
 from tests.kernels.cases import POISON
 from tests.kernels.emulator import Emulator, OnCard
@@ -39,12 +45,46 @@ def assert_near(
 
 
 @pytest.mark.parametrize(
-    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((32, 80), 1088)]
+    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((272, 80), 320)]
 )
 def test_write_out(card: Emulator, heights: tuple[int, ...], columns: int) -> None:
     weight = make_weight(heights, columns)
-    assert torch.equal(nf4_write_out(weight), nf4_dequantize(weight).to(HALF))
-    assert card.launched == ["nf4_write_out"]
+    for card.seed in range(4):
+        assert torch.equal(nf4_write_out(weight), nf4_dequantize(weight).to(HALF))
+    assert card.launched == ["nf4_write_out"] * 4
+
+
+@pytest.mark.parametrize("ranks", range(16, MOST_RANKS + 1, 16))
+@pytest.mark.parametrize(
+    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((272, 80), 320)]
+)
+def test_an_adapter_written_out(
+    card: Emulator, heights: tuple[int, ...], columns: int, ranks: int
+) -> None:
+    weight = make_weight(heights, columns)
+    lora = make_matrices(heights, columns, ranks)
+    exact, sizes = written(weight, lora)
+    for card.seed in range(4):
+        assert_near(nf4_write_out(weight, lora), exact, sizes, torch.finfo(HALF).eps / 2)
+    assert card.launched == [f"nf4_write_out_{ranks}"] * 4
+    assert_near(nf4_write_out_reference(weight, lora), exact, sizes, 0)
+
+
+def make_matrices(heights: tuple[int, ...], columns: int, ranks: int) -> LoraMatrices:
+    a, b = torch.randn(len(heights) * ranks, columns), torch.randn(sum(heights), ranks)
+    return LoraMatrices(a.to(HALF), b.to(HALF), 0.75)
+
+
+def written(weight: Nf4Matrix, lora: LoraMatrices) -> tuple[torch.Tensor, torch.Tensor]:
+    """W + scale * B A and |W| + scale * |B| |A| in float64, part by part."""
+    exact, sizes, row = nf4_dequantize(weight).double(), nf4_dequantize(weight).double().abs(), 0
+    ranks = lora.b.shape[1]
+    for part, height in enumerate(weight.heights):
+        a, b = lora.a[part * ranks :][:ranks].double(), lora.b[row : row + height].double()
+        exact[row : row + height] += lora.scale * (b @ a)
+        sizes[row : row + height] += lora.scale * (b.abs() @ a.abs())
+        row += height
+    return exact, sizes
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 64), (5, 256), (9, 320), (64, 576)])

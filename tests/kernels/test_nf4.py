@@ -13,6 +13,7 @@ from qlorachat.kernels import nf4_matmul as nf4_matmul_module
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.nf4 import Nf4Matrix, nf4_dequantize
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
+from qlorachat.kernels.nf4_write_out import MOST_RANKS
 from qlorachat.kernels.tiles import rows_padded, tile
 from tests.kernels.cubin import ARCHITECTURES, compiled, opcodes, registers
 from tests.kernels.emulator import AMPERE, HOPPER
@@ -81,6 +82,7 @@ def test_a_matrix_refuses_what_its_bytes_do_not_fit() -> None:
 
 
 ROWS = (8, 16, 32, 64)
+WRITTEN = [f"nf4_write_out_{ranks}" for ranks in range(16, MOST_RANKS + 1, 16)]
 
 
 @needs_nvrtc
@@ -90,7 +92,7 @@ def test_the_sources_compile(architecture: str) -> None:
     kernels = {
         "nf4_matmul.cu": products,
         "nf4_matmul_hopper.cu": products if architecture == "sm_90a" else [],
-        "nf4_write_out.cu": ["nf4_write_out", "find_shared_base"],
+        "nf4_write_out.cu": ["nf4_write_out", *WRITTEN, "find_shared_base"],
         "tiles.cu": ["tile"],
     }
     for name, wanted in kernels.items():

@@ -13,13 +13,14 @@ from qlorachat.kernels import cuda_source, decode_step, trial
 from qlorachat.kernels.decode_attention import attend_sums_reference
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.eight_bits import INT8
+from qlorachat.kernels.nf4_write_out import LoraMatrices
 from tests.kernels.emulator import Emulator, OnCard
 
 HALF = torch.bfloat16
 LIKE = torch.empty(0).as_subclass(OnCard)
 CARD = torch.device("cuda", 0)
 TRIALS: list[tuple[Callable[[torch.Tensor], None], int]] = [
-    (trial.try_products, 26),
+    (trial.try_products, 30),
     (trial.try_step, 6),
     (partial(trial.try_attention, group=1, head_dim=128, cached=HALF), 2),
     (partial(trial.try_attention, group=3, head_dim=64, cached=INT8), 2),
@@ -49,6 +50,7 @@ def test_a_wrong_result_is_found(wrong: float, monkeypatch: pytest.MonkeyPatch) 
 
 
 LEFT_OUT = [
+    (trial.try_products, trial, "nf4_write_out", LoraMatrices, "a weight written out"),
     (trial.try_products, trial, "nf4_matmul_tiled", Shrinking, "a product of 3 rows"),
     (trial.try_products, trial, "nf4_matmul_tiled", Expanding, "a product of 3 rows"),
     (trial.try_step, decode_step, "begin_residual", Shrinking, "the first residual"),
@@ -64,14 +66,14 @@ def test_adapters_that_are_left_out_are_found(
     attempt: Callable[[torch.Tensor], None],
     module: ModuleType,
     name: str,
-    kind: type[Shrinking | Expanding],
+    kind: type[LoraMatrices | Shrinking | Expanding],
     what: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reference = getattr(module, f"{name}_reference")
 
-    def leave_out(*arguments: Any) -> None:
-        reference(*(None if isinstance(each, kind) else each for each in arguments))
+    def leave_out(*arguments: Any) -> Any:
+        return reference(*(None if isinstance(each, kind) else each for each in arguments))
 
     monkeypatch.setattr(module, name, leave_out)
     with pytest.raises(RuntimeError, match=f"{what} differs from its reference by"):

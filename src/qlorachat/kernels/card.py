@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from qlorachat.kernels import cuda_source, decode_attention, decode_step, tiles
+from qlorachat.kernels import cuda_source, decode_attention, decode_step, nf4_write_out, tiles
 from qlorachat.kernels.device import is_hopper
 from qlorachat.kernels.trial import try_attention, try_products, try_step
 
@@ -29,7 +29,7 @@ def why_not_products(device: torch.device) -> str | None:
         )
     try:
         product = "nf4_matmul_hopper.cu" if is_hopper(device) else "nf4_matmul.cu"
-        cuda_source.load([product, tiles.SOURCE, "nf4_write_out.cu"], device)
+        cuda_source.load([product, tiles.SOURCE, nf4_write_out.SOURCE], device)
         try_products(torch.empty(0, device=device))
     except (RuntimeError, OSError) as error:
         return f"our kernels fail on it ({error})"

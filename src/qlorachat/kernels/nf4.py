@@ -10,8 +10,6 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch.nn import functional
 
-from qlorachat.kernels import cuda_source
-
 
 @dataclass(frozen=True, slots=True)
 class Nf4Matrix:
@@ -80,23 +78,6 @@ def stack(parts: Sequence[tuple[torch.Tensor, QuantState]], dtype: torch.dtype) 
         offsets=tuple(float(state.offset) for state in states),
         columns=columns,
     )
-
-
-def nf4_write_out(weight: Nf4Matrix) -> torch.Tensor:
-    """The weights in bfloat16, [N, K], to the bit as bitsandbytes decodes them.
-
-    On a device that `card.why_not_products` has nothing against; elsewhere use `nf4_dequantize`.
-    """
-    shape, device = (weight.rows, weight.columns), weight.packed.device
-    out = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    function = cuda_source.load_kernel("nf4_write_out.cu", "nf4_write_out", out.device)
-    arguments = (
-        *(weight.packed, weight.absmax, weight.absmax2, weight.code, weight.code2, out),
-        *dimensions(weight),
-    )
-    quarters = weight.rows * weight.columns // 16  # of a block, one a thread
-    cuda_source.launch(function, (-(-quarters // 256),), 256, 64, arguments, out.device)
-    return out
 
 
 def nf4_dequantize(weight: Nf4Matrix) -> torch.Tensor:

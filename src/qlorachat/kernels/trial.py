@@ -21,14 +21,21 @@ from qlorachat.kernels.decode_attention import (
 )
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.eight_bits import narrow, widen
-from qlorachat.kernels.nf4 import nf4_dequantize, nf4_write_out, random_matrix
+from qlorachat.kernels.nf4 import random_matrix
 from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled, nf4_matmul_tiled_reference
+from qlorachat.kernels.nf4_write_out import (
+    MOST_RANKS,
+    LoraMatrices,
+    nf4_write_out,
+    nf4_write_out_reference,
+)
 from qlorachat.kernels.sums import LateNorm
 from qlorachat.kernels.tiles import rows_padded, tile, tiled_shape
 
 HALF = torch.bfloat16
 _NEAR = 2**-5  # of the largest number: many roundings of bfloat16
 _RANK, _EPS = 16, 1e-5
+_WRITTEN = range(16, MOST_RANKS + 1, 16)  # ranks of adapters in a weight
 
 
 @torch.inference_mode()
@@ -37,7 +44,9 @@ def try_products(like: torch.Tensor) -> None:
     make, heights = _Inputs(like), (48, 16, 96)
     for columns in (256, 320):
         weight = random_matrix(heights, columns, make.generator)
-        _compare("a weight written out", nf4_write_out(weight), nf4_dequantize(weight).to(HALF))
+        for written in (None, *(make.matrices(ranks, heights, columns) for ranks in _WRITTEN)):
+            own = (weight, written)
+            _compare("a weight written out", nf4_write_out(*own), nf4_write_out_reference(*own))
         for rows in (3, 16, 20, 64):
             x = tile(make.normal(rows, columns), rows_padded(rows))
             sums = make.normal(rows, weight.rows).float()
@@ -111,6 +120,10 @@ class _Inputs:
     def slots(self, rows: int) -> torch.Tensor:
         """No adapter, and each of two."""
         return self._like.new_tensor([row % 3 for row in range(rows)], dtype=torch.int32)
+
+    def matrices(self, ranks: int, heights: Sequence[int], columns: int) -> LoraMatrices:
+        a = self.normal(len(heights) * ranks, columns) / columns**0.5
+        return LoraMatrices(a, self.normal(sum(heights), ranks), 1.0)
 
     def shrinking(self, rows: int, columns: int) -> Shrinking:
         a = self.normal(2, _RANK, columns) / columns**0.5

@@ -12,8 +12,8 @@ from qlorachat.kernels.card import why_not_products
 from qlorachat.model.cache import KVCache
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
 from qlorachat.model.layer import Layer, take_layer
-from qlorachat.model.lora import AdapterStacks, LoraRows
-from qlorachat.model.nf4_linear import why_not
+from qlorachat.model.lora import AdapterStacks, LoraProjection, LoraRows
+from qlorachat.model.nf4_linear import Nf4Linear, why_not
 from qlorachat.model.rows import Rows
 
 log = logging.getLogger(__name__)
@@ -75,21 +75,32 @@ class PagedLlama:
     def _attention(
         self, layer: Layer, x: torch.Tensor, rows: Rows, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        qkv = layer.lora.qkv.add(layer.qkv(x), x, rows.lora)
+        qkv = _project(layer.qkv, x, layer.lora.qkv, rows.lora)
         queries = kernels.rope_and_cache(
             qkv, self._cos, self._sin, rows.positions, rows.slots, keys, values
         )
         attended = rows.attention(queries, keys, values)
-        return layer.lora.output.add(layer.output(attended), attended, rows.lora)
+        return _project(layer.output, attended, layer.lora.output, rows.lora)
 
     def _mlp(self, layer: Layer, x: torch.Tensor, lora: LoraRows) -> torch.Tensor:
-        inner = kernels.silu_mul(layer.lora.gate_up.add(layer.gate_up(x), x, lora))
-        return layer.lora.down.add(layer.down(inner), inner, lora)
+        inner = kernels.silu_mul(_project(layer.gate_up, x, layer.lora.gate_up, lora))
+        return _project(layer.down, inner, layer.lora.down, lora)
 
     def _next_norm(self, index: int) -> torch.Tensor:
         """The norm after a layer: the next layer's first, or the final one."""
         last = index + 1 == len(self._layers)
         return self._norm if last else self._layers[index + 1].attention_norm
+
+
+def _project(
+    linear: nn.Module, x: torch.Tensor, lora: LoraProjection, rows: LoraRows
+) -> torch.Tensor:
+    """A projection of x with each row's adapter: in the weight or beside it."""
+    of_all = lora.of_all(rows, len(x))
+    if of_all is not None and isinstance(linear, Nf4Linear) and linear.takes_in(of_all, len(x)):
+        whole: torch.Tensor = linear(x, of_all)
+        return whole
+    return lora.add(linear(x), x, rows)
 
 
 def _say_whose_kernels(model: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from qlorachat import kernels
 from qlorachat.adapters import Adapter
+from qlorachat.kernels.nf4_write_out import LoraMatrices
 
 # the four fused projections of a layer, and the modules whose outputs stand side by side in each
 GROUPS = {
@@ -66,6 +67,13 @@ class LoraProjection:
             own_a[part * rank : part * rank + a.shape[0]].copy_(a)
             columns = slice(self.columns[part], self.columns[part + 1])
             own_b[columns, : b.shape[1]].copy_(scaled)
+
+    def of_all(self, rows: LoraRows, count: int) -> LoraMatrices | None:
+        """The adapter that all rows of a prefill of `count` have; None if they differ in it."""
+        if [(each.start, each.stop) for each in rows.segments] != [(0, count)]:
+            return None
+        (only,) = rows.segments
+        return LoraMatrices(self.a[only.slot - 1], self.b[only.slot - 1], only.scale)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> torch.Tensor:
         """`y` plus, row by row, scale * B A x of the row's adapter; y is changed in place."""

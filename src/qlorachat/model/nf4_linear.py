@@ -11,6 +11,7 @@ from torch.nn import functional
 from qlorachat.kernels import nf4
 from qlorachat.kernels.card import why_not_products
 from qlorachat.kernels.nf4_matmul import MOST_ROWS, nf4_matmul
+from qlorachat.kernels.nf4_write_out import MOST_RANKS, LoraMatrices, nf4_write_out
 
 
 def why_not(parts: Sequence[Linear4bit]) -> str | None:
@@ -38,9 +39,14 @@ class Nf4Linear(nn.Module):
         quantized = [(part.weight.data, part.weight.quant_state) for part in parts]
         self.weight = nf4.stack(quantized, parts[0].compute_dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, columns) -> (rows, heights)."""
+    def takes_in(self, lora: LoraMatrices, rows: int) -> bool:
+        """Whether an adapter that all rows have is best written out with the weight."""
+        return rows > MOST_ROWS and lora.b.shape[1] <= MOST_RANKS
+
+    def forward(self, x: torch.Tensor, lora: LoraMatrices | None = None) -> torch.Tensor:
+        """(rows, columns) -> (rows, heights). lora: of all rows, where `takes_in` says so."""
         if len(x) > MOST_ROWS:
-            return functional.linear(x, nf4.nf4_write_out(self.weight), self.bias)
+            return functional.linear(x, nf4_write_out(self.weight, lora), self.bias)
+        assert lora is None
         y = nf4_matmul(x, self.weight)
         return y if self.bias is None else y + self.bias

@@ -303,14 +303,18 @@ inline uint32_t ballot(bool value) {
 }
 
 // Four matrices of 8 rows by 16 bytes; lane 8 i + r has the address of row r of matrix i.
-inline void load_matrices(const std::array<uint32_t*, 4>& to, Address at) {
+template <bool TRANSPOSED> void load_matrices(const std::array<uint32_t*, 4>& to, Address at) {
   Warp& warp = *now->warp;
   const int lane = now->lane;
   warp.in[lane] = at;
   collect(MATRICES, [](Warp& own) {
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 4; i++)
-        memcpy(&own.a[l][i], shared_memory(own.in[8 * i + l / 4], 16, MATRICES) + l % 4 * 4, 4);
+        for (int e = 0; e < 2; e++) {
+          const int group = l / 4, pair = l % 4 * 2 + e;  // of a lane, and of its two numbers
+          const uint8_t* row = shared_memory(own.in[8 * i + (TRANSPOSED ? pair : group)], 16, MATRICES);
+          memcpy(reinterpret_cast<uint8_t*>(&own.a[l][i]) + 2 * e, row + 2 * (TRANSPOSED ? group : pair), 2);
+        }
   });
   for (int i = 0; i < 4; i++) *to[i] = warp.a[lane][i];
 }
@@ -684,7 +688,8 @@ inline void red_global_add_v4_f32(const void* at, const std::array<float*, 4>& v
 }
 
 inline void bar_sync(Address number, int threads) { sync_some(number, threads); }
-inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(const std::array<uint32_t*, 4>& to, Address at) { load_matrices(to, at); }
+inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(const std::array<uint32_t*, 4>& to, Address at) { load_matrices<false>(to, at); }
+inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(const std::array<uint32_t*, 4>& to, Address at) { load_matrices<true>(to, at); }
 inline void ld_shared_u32(uint32_t& to, Address at) { memcpy(&to, shared_memory(at, 4, "ld.shared"), 4); }
 inline void ld_shared_v2_u32(const std::array<uint32_t*, 2>& to, Address at) {
   const uint8_t* from = shared_memory(at, 8, "ld.shared");

@@ -1,13 +1,17 @@
-"""A whole fused decode step in CUDA, run on a CPU (`emulator`), against its references."""
+"""Whole steps in CUDA, decode and prefill, run on a CPU (`emulator`), against their references."""
 
 import pytest
 import torch
 
+from qlorachat.kernels import LoraSegment
 from qlorachat.kernels.eight_bits import INT8, narrow, widen
-from qlorachat.model import PagedLlama, fusion
+from qlorachat.model import PagedLlama, PrefillChunk, PrefillChunks, Rows, fusion
 from qlorachat.model.fused_decode import FusedDecode
+from qlorachat.model.lora import LoraRows
+from qlorachat.model.nf4_linear import Nf4Linear
 from tests.kernels.emulator import Emulator, OnCard
 from tests.model.test_fused_decode import (
+    BLOCK,
     LAYERS,
     assert_clear,
     cache,
@@ -53,3 +57,41 @@ def test_a_step(
         assert card.launched == ["begin_residual_1", *LAYER * LAYERS]
     assert distance(widen(ours.keys, HALF), widen(theirs.keys, HALF)) < near
     assert distance(widen(ours.values, HALF), widen(theirs.values, HALF)) < near
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("segments", "kernel"),
+    [
+        ([LoraSegment(0, 72, 2, 0.5)], "nf4_write_out_32"),
+        ([LoraSegment(0, 72, 2, 0.5), LoraSegment(72, 80, 1, 1.0)], "nf4_write_out"),
+        ([LoraSegment(8, 80, 1, 1.0)], "nf4_write_out"),
+        ([], "nf4_write_out"),
+    ],
+)
+def test_a_prefill(
+    segments: list[LoraSegment], kernel: str, card: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One adapter of all rows is written out with the weights; which way changes no answer."""
+    monkeypatch.setattr(fusion, "why_not", lambda parts: None)
+    count = max((each.stop for each in segments), default=80)
+    model = PagedLlama(quantized_model(HALF), stacks(2, HALF))
+    rows = prefill_rows(count, segments)
+    hidden = model.hidden(rows, cache(HALF))
+    assert card.launched == [kernel] * 4 * LAYERS
+    monkeypatch.setattr(Nf4Linear, "takes_in", lambda *arguments: False)
+    assert distance(hidden, model.hidden(rows, cache(HALF))) < NEAR
+    assert card.launched[4 * LAYERS :] == ["nf4_write_out"] * 4 * LAYERS
+
+
+def prefill_rows(count: int, segments: list[LoraSegment]) -> Rows:
+    """A prompt of so many tokens, in blocks that follow each other."""
+    whole = torch.arange(count, dtype=torch.int32)
+    blocks = slice(0, -(-count // BLOCK))
+    return Rows(
+        ids=whole.long() % 97,
+        positions=whole % 64,  # of the model's, as many as there are
+        slots=whole,
+        attention=PrefillChunks([PrefillChunk(0, count, count, blocks)]),
+        lora=LoraRows(bool(segments), segments),
+    )
