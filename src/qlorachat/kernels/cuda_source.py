@@ -167,8 +167,7 @@ def launch(
     `device.starts_early`.
     """
     driver: Any = importlib.import_module("cuda.bindings.driver")
-    values = tuple(_value(argument) for argument in arguments)
-    types = tuple(_type(argument) for argument in arguments)
+    values, types = zip(*map(_typed, arguments), strict=True)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *grid, *(1,) * (3 - len(grid))
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -194,10 +193,15 @@ def _attribute(name: str) -> Any:
     return getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
 
 
-def _value(argument: Argument) -> Any:
+def _typed(argument: Argument) -> tuple[Any, Any]:
+    """A value and its type; None: the bindings take the value's own bytes."""
+    if isinstance(argument, int):  # most are
+        return argument, ctypes.c_int
+    if isinstance(argument, float):
+        return argument, ctypes.c_float
     if isinstance(argument, TileMap):
-        return _encode(argument.rows.data_ptr(), *argument.rows.shape)
-    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument or 0
+        return _encode(argument.rows.data_ptr(), *argument.rows.shape), None
+    return 0 if argument is None else argument.data_ptr(), ctypes.c_void_p
 
 
 @functools.lru_cache(4096)
@@ -216,15 +220,6 @@ def _encode(address: int, rows: int, row_bytes: int) -> Any:
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
-
-
-def _type(argument: Argument) -> Any:
-    """None: the bindings take the value's own bytes."""
-    if isinstance(argument, TileMap):
-        return None
-    if isinstance(argument, int):
-        return ctypes.c_int
-    return ctypes.c_float if isinstance(argument, float) else ctypes.c_void_p
 
 
 @functools.cache

@@ -33,10 +33,10 @@ _SWIGLU_WARPS = 7
 _FEW = 16  # rows up to which a warp has one tile of columns, not two
 _COLUMNS = 16  # of a tile
 _PIECE_BYTES = 512  # of 16 ranks of a tile, PIECE in lora_between.cuh
-_LEAST = {1: (4, 8), 2: (2, 3)}  # of B and A, that are used at once: GROUPS there, by tiles
+_LEAST = {1: (4, 8), 2: (2, 6)}  # of B and A, that are used at once: GROUPS there, by tiles
 # bytes of shared memory for a block's pieces: what a product of so many padded rows leaves, beside
 # which a block then waits; of most rows nothing fits beside one
-_BESIDE = {8: 58 * 1024, 16: 46 * 1024, 32: 32 * 1024, 64: 64 * 1024}
+_BESIDE = {8: 58 * 1024, 16: 46 * 1024, 32: 26 * 1024, 64: 64 * 1024}
 _ALONE = 64 * 1024  # for those of one adapter, beside a product or not
 _LITTLE = 24 * 1024  # on cards that are not roomy
 
@@ -244,7 +244,9 @@ def _find_room(
     tiles = _tiles(rows)
     left = most // (warps * tiles * _PIECE_BYTES)
     b, a = (min(slots, _ROWS) * ranks // 16 for slots, ranks in sizes)
-    least_b, least_a = _LEAST[tiles]
+    least_b, least_a = (
+        min(least, ranks // 16) for least, (_, ranks) in zip(_LEAST[tiles], sizes, strict=True)
+    )
     b = min(b, max(least_b, left // parts - min(a, left // 2)))
     a = min(a, max(least_a, left - b * parts))
     return _Room(b, a, warps, warps * tiles * (b * parts + a) * _PIECE_BYTES)

@@ -273,7 +273,7 @@ template <int TILES, int PARTS, int GROUPS> struct Expand {
 // add up in shared memory.
 template <int TILES> struct Shrink {
   // Pieces between two barriers, pieces held in registers.
-  static constexpr int WARPS = 4, GROUPS = TILES == 1 ? 8 : 3, BATCH = 3;
+  static constexpr int WARPS = 4, GROUPS = TILES == 1 ? 8 : 6, BATCH = 3;
   struct Sums { float of[GROUPS][WARPS][ROWS * 16]; };
   const Shrinking& adapters;
   const int mine;  // slot of this lane's row
