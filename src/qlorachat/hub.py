@@ -46,7 +46,7 @@ def download(
             "run once without it, or give a local folder."
         )
         return _fetch(repository, revision, patterns, local=True, missing=missing)
-    if reason := _probe(repository, revision):
+    if reason := why_unreachable(repository, revision=revision):
         _log.warning("The model hub cannot be reached (%s): looking on disk.", reason)
         missing = (
             f"The model hub cannot be reached ({reason}) and {what} is not on disk: check the "
@@ -58,11 +58,14 @@ def download(
     return _fetch(repository, revision, patterns, local=False, missing=broken)
 
 
-def _probe(repository: str, revision: str | None) -> str | None:
+def why_unreachable(
+    repository: str, *, revision: str | None = None, dataset: bool = False
+) -> str | None:
     """Why the hub cannot be reached, or None; a repository that it does not give is a HubError."""
+    ask = HfApi().dataset_info if dataset else HfApi().model_info
     with _explained(repository, revision):
         try:
-            HfApi().model_info(repository, revision=revision, timeout=PROBE_TIMEOUT)
+            ask(repository, revision=revision, timeout=PROBE_TIMEOUT)
         except HfHubHTTPError as error:
             if error.response.status_code >= 500:
                 return f"it answers {error.response.status_code}"

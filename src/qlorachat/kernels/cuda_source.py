@@ -128,7 +128,7 @@ def is_roomy(device: torch.device) -> bool:
 def find_shared_base(device: torch.device) -> int:
     """Where dynamic shared memory begins, a constant to the sources; waits for the card."""
     base = torch.zeros(1, dtype=torch.int32, device=device)  # first: the driver needs a context
-    module = _load("nf4_write_out.cu", 0, device, ())
+    module = _load("shared_base.cu", 0, device, ())
     function = _function(module, "find_shared_base", 0)
     launch(function, (1,), 1, 1024, [base], device)
     return int(base)

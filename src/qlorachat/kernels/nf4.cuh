@@ -12,15 +12,7 @@ constexpr int TABLE = 65536, SCALES = 1024;  // bytes
 // nibble first, as bitsandbytes stores them), then 32 of the float32 that absmax byte b stands for; or
 // these one by one behind the table, where the second halves of entries are needed for other things.
 
-// Where `shared` begins in shared memory: known to the compiler, it costs no instruction.
-#ifndef SHARED_BASE
-#define SHARED_BASE 0  // for the kernel that finds it out
-#endif
-extern "C" __global__ void find_shared_base(u32* base) {
-  *base = static_cast<u32>(__cvta_generic_to_shared(shared));
-}
-
-// From shared memory, BEGIN + `at`.
+// From shared memory, BEGIN + `at`. What is known to the compiler, as SHARED_BASE is, costs no instruction.
 template <u32 BEGIN> __device__ __forceinline__ u32 load_word(u32 at) {
   u32 word;
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(at), "n"(BEGIN));

@@ -249,6 +249,17 @@ def test_a_data_set_that_is_not_on_disk() -> None:
         read_rows("qlorachat-tests/none", offline=True)
 
 
+def test_a_hub_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        HubError, match=r"none cannot be brought \(the hub: .*\): check the connection"
+    ) as at:
+        read_rows("qlorachat-tests/none")
+    assert "\n" not in str(at.value)
+
+
 HUB = """
 import dataclasses, json, shutil, sys
 from pathlib import Path
@@ -257,8 +268,8 @@ from qlorachat.training.data.rows import read_rows
 folder, cache = map(Path, sys.argv[1:])
 local = read_rows(str(folder))
 shutil.copytree(cache / folder.name, cache / f"owner___{folder.name}")  # as from the hub
-prepared = read_rows(f"owner/{folder.name}", offline=True)
-json.dump([dataclasses.asdict(local), dataclasses.asdict(prepared)], sys.stdout)
+prepared = [read_rows(f"owner/{folder.name}", offline=offline) for offline in (True, False)]
+json.dump([dataclasses.asdict(rows) for rows in (local, *prepared)], sys.stdout)
 """
 
 
@@ -271,17 +282,19 @@ def test_a_folder_and_a_prepared_data_set_give_the_same_rows(tmp_path: Path) -> 
     cache = tmp_path / "cache"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", HUB, str(folder), str(cache)],
-        env=os.environ | {"HF_HOME": str(tmp_path), "HF_DATASETS_CACHE": str(cache)},
+        env=os.environ
+        | {"HF_HOME": str(tmp_path), "HF_DATASETS_CACHE": str(cache)}
+        | {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "0"},  # a hub that is away
         capture_output=True,
         check=True,
     )
-    local, prepared = json.loads(done.stdout)
+    local, prepared, away = json.loads(done.stdout)
     assert [row["line"] for row in local["rows"]] == [1, 2]
     assert local["rows"][1]["messages"] == TURNS
     assert [row["line"] for row in local["bad"]] == [3]
     assert len(bytes.fromhex(local["sha256"])) == 32
     assert local["name"] == "nanoda"
-    assert prepared == local | {"name": "owner/nanoda"}
+    assert prepared == away == local | {"name": "owner/nanoda"}
 
 
 def test_a_folder_that_is_no_data_set(tmp_path: Path) -> None:

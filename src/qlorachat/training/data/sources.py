@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from qlorachat import hub
 from qlorachat.errors import ConfigError, HubError
 from qlorachat.training.data.formats import select
 from qlorachat.training.data.records import (
@@ -20,6 +22,8 @@ from qlorachat.training.data.records import (
     check_columns,
     first_line,
 )
+
+log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _ENDINGS = f"{', '.join(READERS)} (or any of them and .gz)"
@@ -36,7 +40,8 @@ class Source:
 def open_source(reference: str, *, offline: bool = False) -> Source:
     """The records of a file, of a data set's folder, or of a hub data set's split "train".
 
-    With `offline` the hub is not asked: what the library `datasets` has prepared before is taken.
+    With `offline` the hub is not asked: what the library `datasets` has prepared before is taken,
+    as it is, with a warning, where the hub cannot be reached.
     Raises ConfigError for a reference or a file that is wrong as a whole, HubError for a data set
     that cannot be brought; both also while the records are read.
     """
@@ -82,18 +87,21 @@ def _open_folder(path: Path) -> Source:
 
 
 def _open_hub(repository: str, *, offline: bool) -> Source:
+    reason = None if offline else hub.why_unreachable(repository, dataset=True)
     try:
-        dataset = _load_cached(repository) if offline else _load(repository)
+        dataset = _load_cached(repository) if offline or reason else _load(repository)
     except Exception as error:  # as above
-        advice = (
-            "the hub is not asked (--offline), run once without it"
-            if offline
-            else "check its name and the connection (a gated one needs `hf auth login`)"
-        )
+        why = first_line(error)
+        advice = "check its name and the connection (a gated one needs `hf auth login`)"
+        if offline:
+            advice = "the hub is not asked (--offline), run once without it"
+        elif reason:
+            why, advice = f"the hub: {reason}", "check the connection or proxy"
         raise HubError(
-            f"The data set {repository} cannot be brought ({first_line(error)}): {advice}, or give "
-            "a file."
+            f"The data set {repository} cannot be brought ({why}): {advice}, or give a file."
         ) from error
+    if reason:
+        log.warning("The hub cannot be reached (%s): the data set on disk is taken.", reason)
     return _from_dataset(dataset, repository)
 
 
