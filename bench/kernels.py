@@ -167,7 +167,7 @@ def written_excess(weight: nf4.Nf4Matrix, ranks: int) -> float:
     """Of a weight written out with an adapter in it: its largest error, by one rounding."""
     a = torch.randn(len(weight.heights) * ranks, weight.columns, device="cuda").bfloat16()
     b = torch.randn(weight.rows, ranks, device="cuda").bfloat16()
-    lora = LoraMatrices(a, b, 0.01)
+    lora = LoraMatrices(a, b, ranks, 0.01)
     exact, row = nf4.nf4_dequantize(weight).double(), 0
     sizes = exact.abs()
     for part, height in enumerate(weight.heights):

@@ -23,6 +23,7 @@ from tests.kernels.test_nf4 import make_matrix
 
 HALF = torch.bfloat16
 SPLIT = 2**-15  # error of an A x in two halves, relative
+STRIDE = 48  # ranks that there is room for, of an adapter
 EXTREME = 200.0  # times a usual absmax
 
 
@@ -54,7 +55,7 @@ def test_write_out(card: Emulator, heights: tuple[int, ...], columns: int) -> No
     assert card.launched == ["nf4_write_out"] * 4
 
 
-@pytest.mark.parametrize("ranks", range(16, MOST_RANKS + 1, 16))
+@pytest.mark.parametrize("ranks", range(0, MOST_RANKS + 1, 16))
 @pytest.mark.parametrize(
     ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((272, 80), 320)]
 )
@@ -66,21 +67,26 @@ def test_an_adapter_written_out(
     exact, sizes = written(weight, lora)
     for card.seed in range(4):
         assert_near(nf4_write_out(weight, lora), exact, sizes, torch.finfo(HALF).eps / 2)
-    assert card.launched == [f"nf4_write_out_{ranks}"] * 4
+    assert card.launched == [f"nf4_write_out_{ranks}" if ranks else "nf4_write_out"] * 4
+    for each in (lora.a.view(-1, STRIDE, columns)[:, ranks:], lora.b[:, ranks:]):
+        each.zero_()
     assert_near(nf4_write_out_reference(weight, lora), exact, sizes, 0)
 
 
 def make_matrices(heights: tuple[int, ...], columns: int, ranks: int) -> LoraMatrices:
-    a, b = torch.randn(len(heights) * ranks, columns), torch.randn(sum(heights), ranks)
-    return LoraMatrices(a.to(HALF), b.to(HALF), 0.75)
+    """Of STRIDE ranks, infinite where nothing may look."""
+    a = torch.randn(len(heights), STRIDE, columns).to(HALF)
+    b = torch.randn(sum(heights), STRIDE).to(HALF)
+    a[:, ranks:], b[:, ranks:] = POISON, POISON
+    return LoraMatrices(a.flatten(0, 1), b, ranks, 0.75)
 
 
 def written(weight: Nf4Matrix, lora: LoraMatrices) -> tuple[torch.Tensor, torch.Tensor]:
     """W + scale * B A and |W| + scale * |B| |A| in float64, part by part."""
     exact, sizes, row = nf4_dequantize(weight).double(), nf4_dequantize(weight).double().abs(), 0
-    ranks = lora.b.shape[1]
     for part, height in enumerate(weight.heights):
-        a, b = lora.a[part * ranks :][:ranks].double(), lora.b[row : row + height].double()
+        a = lora.a[part * STRIDE :][: lora.ranks].double()
+        b = lora.b[row : row + height, : lora.ranks].double()
         exact[row : row + height] += lora.scale * (b @ a)
         sizes[row : row + height] += lora.scale * (b.abs() @ a.abs())
         row += height

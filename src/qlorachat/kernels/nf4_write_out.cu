@@ -12,7 +12,8 @@ constexpr int WORDS_STRIDE = WIDTH / 2 + 16;            // of a row of packed we
 constexpr int A_STRIDE = WIDTH * 2 + 16;                // of a rank
 
 struct Adapter {
-  const u16 *a, *b;  // [parts * RANKS, K], [N, RANKS]
+  const u16 *a, *b;  // [parts * stride, K], [N, stride], of which the first RANKS of each stride are looked at
+  int stride;
   float scale;
 };
 
@@ -58,7 +59,7 @@ template <int HEIGHT> __device__ __forceinline__ void copy_words(const Matrix& m
 template <int RANKS> __device__ __forceinline__ void copy_a(const Adapter& adapter, const Matrix& m, const Tile& tile, int column, u32 to) {
   const int pair = threadIdx.x % (WIDTH / 2), position = pair & ~15 | (pair & 3) << 2 | (pair >> 2 & 3);
   if (column + 2 * pair >= m.columns) return;
-  const u16* from = adapter.a + static_cast<u64>(tile.number) * RANKS * m.columns + column + 2 * pair;
+  const u16* from = adapter.a + static_cast<u64>(tile.number) * adapter.stride * m.columns + column + 2 * pair;
 #pragma unroll
   for (int rank = threadIdx.x / (WIDTH / 2); rank < RANKS; rank += THREADS / (WIDTH / 2))
     copy<4>(to + rank * A_STRIDE + position * 4, from + static_cast<u64>(rank) * m.columns);
@@ -71,12 +72,12 @@ __device__ __forceinline__ void load_a(u32 (&of)[4], u32 at) {
                : "memory");
 }
 // Of 16 rows and ranks: operand A. Parts are multiples of 16 rows.
-template <int RANKS> __device__ __forceinline__ void load_b(u32 (&of)[4], const Adapter& adapter, int row, int stop, int rank) {
+__device__ __forceinline__ void load_b(u32 (&of)[4], const Adapter& adapter, int row, int stop, int rank) {
   const int lane = threadIdx.x & 31;
-  const u16* from = adapter.b + static_cast<u64>(row + (lane >> 2)) * RANKS + rank + 2 * (lane & 3);
+  const u16* from = adapter.b + static_cast<u64>(row + (lane >> 2)) * adapter.stride + rank + 2 * (lane & 3);
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    of[i] = row < stop ? __ldg(reinterpret_cast<const u32*>(from + 8 * (i & 1) * RANKS + 8 * (i >> 1))) : 0;
+    of[i] = row < stop ? __ldg(reinterpret_cast<const u32*>(from + 8 * (i & 1) * adapter.stride + 8 * (i >> 1))) : 0;
 }
 
 // Rounds once: as bitsandbytes, if there is no adapter.
@@ -98,7 +99,7 @@ __device__ __forceinline__ void write_out(const Matrix& m, const float* code, co
 #pragma unroll
   for (int s = 0; s < STEPS; s++)
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) load_b<RANKS>(b[s][half], adapter, row + 16 * half, tile.stop, 16 * s);
+    for (int half = 0; half < HALVES; half++) load_b(b[s][half], adapter, row + 16 * half, tile.stop, 16 * s);
   float scales[2];  // of row 8 t + quad
 #pragma unroll
   for (int i = 0; i < 2; i++) scales[i] = load_scale(m, tile, code2, row + 8 * (t % (2 * HALVES)) + quad, (column >> 6) + i);
@@ -149,10 +150,10 @@ __device__ __forceinline__ void write_out(const Matrix& m, const float* code, co
 #define WRITE_OUT(NAME, RANKS, BLOCKS)                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                                     \
       const u8* packed, const u8* absmax, const float* absmax2, const float* code, const float* code2, uint4* out,        \
-      const u16* lora_a, const u16* lora_b, float lora_scale, int rows, int columns, int start1, int start2,              \
-       int group1, int group2, float offset0, float offset1, float offset2) {                                  \
+      const u16* lora_a, const u16* lora_b, int stride, float lora_scale, int rows, int columns, int start1, int start2,  \
+      int group1, int group2, float offset0, float offset1, float offset2) {                                              \
     const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2, group1, group2, offset0, offset1, offset2}; \
-    write_out<RANKS>(m, code, code2, {lora_a, lora_b, lora_scale}, out);                                                  \
+    write_out<RANKS>(m, code, code2, {lora_a, lora_b, stride, lora_scale}, out);                                          \
   }
 WRITE_OUT(nf4_write_out, 0, 4)
 WRITE_OUT(nf4_write_out_16, 16, 3)

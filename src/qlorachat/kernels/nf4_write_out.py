@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from qlorachat.kernels import cuda_source
+from qlorachat.kernels.cuda_source import Argument
 from qlorachat.kernels.nf4 import Nf4Matrix, dimensions, nf4_dequantize
 
 SOURCE = "nf4_write_out.cu"
@@ -18,12 +19,13 @@ _COPIES_BYTES = 16 * 32 * 4  # of shared memory, COPIES in the source
 class LoraMatrices(NamedTuple):
     """One adapter of a weight [N, K]: scale * B A, for each of the weight's parts.
 
-    a: [parts * R, K]. b: [N, R], alpha / r folded in. Both contiguous, in bfloat16; R is a multiple
-    of 16. scale: the adapter's strength.
+    a: [parts * R, K]. b: [N, R], alpha / r folded in. Both contiguous, in bfloat16. ranks: of R, a
+    multiple of 16, 0 for none in this weight; past them are zeros. scale: the adapter's strength.
     """
 
     a: torch.Tensor
     b: torch.Tensor
+    ranks: int
     scale: float
 
 
@@ -33,22 +35,24 @@ def nf4_write_out(weight: Nf4Matrix, lora: LoraMatrices | None = None) -> torch.
     Without an adapter to the bit as bitsandbytes decodes it. On a device that
     `card.why_not_products` has nothing against; elsewhere use `nf4_write_out_reference`.
     """
-    ranks = 0 if lora is None else lora.b.shape[1]
+    ranks = 0 if lora is None else lora.ranks
+    adapter: tuple[Argument, ...] = (None, None, 0, 0.0)
     if lora is not None:
-        assert 0 < ranks <= MOST_RANKS
-        assert ranks % 16 == 0
-        assert lora.a.shape == (len(weight.heights) * ranks, weight.columns)
-        assert lora.b.shape == (weight.rows, ranks)
+        stride = lora.b.shape[1]
+        assert ranks in range(0, min(stride, MOST_RANKS) + 1, 16)
+        assert lora.a.shape == (len(weight.heights) * stride, weight.columns)
+        assert lora.b.shape == (weight.rows, stride)
         assert lora.a.dtype == lora.b.dtype == torch.bfloat16
         assert lora.a.is_contiguous()
         assert lora.b.is_contiguous()
+        adapter = (lora.a, lora.b, stride, float(lora.scale))
     shape, device = (weight.rows, weight.columns), weight.packed.device
     out = torch.empty(shape, dtype=torch.bfloat16, device=device)
     name = f"nf4_write_out_{ranks}" if ranks else "nf4_write_out"
     function = cuda_source.load_kernel(SOURCE, name, device)
     arguments = (
         *(weight.packed, weight.absmax, weight.absmax2, weight.code, weight.code2, out),
-        *((None, None, 0.0) if lora is None else (lora.a, lora.b, float(lora.scale))),
+        *adapter,
         *dimensions(weight),
     )
     height = 256 if ranks else 128  # of a block, rows of one part

@@ -123,7 +123,7 @@ class _Inputs:
 
     def matrices(self, ranks: int, heights: Sequence[int], columns: int) -> LoraMatrices:
         a = self.normal(len(heights) * ranks, columns) / columns**0.5
-        return LoraMatrices(a, self.normal(sum(heights), ranks), 1.0)
+        return LoraMatrices(a, self.normal(sum(heights), ranks), ranks, 1.0)
 
     def shrinking(self, rows: int, columns: int) -> Shrinking:
         a = self.normal(2, _RANK, columns) / columns**0.5

@@ -46,34 +46,38 @@ class LoraProjection:
         self.inputs = shapes[modules[0]][1]
         self.a = torch.empty(0)  # (slots, parts * rank, in)
         self.b = torch.empty(0)  # (slots, out, rank)
+        self.ranks: list[int] = []  # of each slot, a multiple of 16; past them are zeros
 
     def allocate(self, slots: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         """Room for `slots` adapters of at most `rank`, all zero; what was there is dropped."""
         parts = len(self.modules)
         self.a = torch.zeros(slots, parts * rank, self.inputs, dtype=dtype, device=device)
         self.b = torch.zeros(slots, self.columns[-1], rank, dtype=dtype, device=device)
+        self.ranks = [rank] * slots
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter's matrices into a slot, its alpha over rank folded into B."""
         own_a, own_b = self.a[slot - 1], self.b[slot - 1]
         own_a.zero_()
         own_b.zero_()
-        rank = self.b.shape[2]
+        rank, widest = self.b.shape[2], 0
         for part, module in enumerate(self.modules):
             if (pair := adapter.matrices(module)) is None:
                 continue
             a, b = pair
+            widest = max(widest, len(a))
             scaled = b.float() * adapter.settings.scale_of(module)
             own_a[part * rank : part * rank + a.shape[0]].copy_(a)
             columns = slice(self.columns[part], self.columns[part + 1])
             own_b[columns, : b.shape[1]].copy_(scaled)
+        self.ranks[slot - 1] = -(-widest // 16) * 16
 
     def of_all(self, rows: LoraRows, count: int) -> LoraMatrices | None:
         """The adapter that all rows of a prefill of `count` have; None if they differ in it."""
         if [(each.start, each.stop) for each in rows.segments] != [(0, count)]:
             return None
-        (only,) = rows.segments
-        return LoraMatrices(self.a[only.slot - 1], self.b[only.slot - 1], only.scale)
+        (only,), index = rows.segments, rows.segments[0].slot - 1
+        return LoraMatrices(self.a[index], self.b[index], self.ranks[index], only.scale)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> torch.Tensor:
         """`y` plus, row by row, scale * B A x of the row's adapter; y is changed in place."""

@@ -41,7 +41,7 @@ class Nf4Linear(nn.Module):
 
     def takes_in(self, lora: LoraMatrices, rows: int) -> bool:
         """Whether an adapter that all rows have is best written out with the weight."""
-        return rows > MOST_ROWS and lora.b.shape[1] <= MOST_RANKS
+        return rows > MOST_ROWS and lora.ranks <= MOST_RANKS
 
     def forward(self, x: torch.Tensor, lora: LoraMatrices | None = None) -> torch.Tensor:
         """(rows, columns) -> (rows, heights). lora: of all rows, where `takes_in` says so."""

@@ -1,0 +1,92 @@
+"""The stacked adapters of a layer: what a slot has, and when all rows of a prefill share it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from qlorachat.adapters import Adapter, LoraSettings
+from qlorachat.kernels import LoraSegment
+from qlorachat.model.lora import AdapterStacks, LoraRows
+
+WIDTH, INNER, SLOTS, RANK = 32, 48, 2, 64
+SHAPES = {
+    "self_attn.q_proj": (WIDTH, WIDTH),
+    "self_attn.k_proj": (16, WIDTH),
+    "self_attn.v_proj": (16, WIDTH),
+    "self_attn.o_proj": (WIDTH, WIDTH),
+    "mlp.gate_proj": (INNER, WIDTH),
+    "mlp.up_proj": (INNER, WIDTH),
+    "mlp.down_proj": (WIDTH, INNER),
+}
+
+
+def make_stacks() -> AdapterStacks:
+    shapes = {f"model.layers.0.{module}": shape for module, shape in SHAPES.items()}
+    stacks = AdapterStacks(1, shapes, dtype=torch.float32, device=torch.device("cpu"))
+    stacks.allocate(SLOTS, RANK)
+    return stacks
+
+
+def make_adapter(ranks: Mapping[str, int]) -> Adapter:
+    """Random, with these ranks of modules, alpha twice the rank everywhere."""
+    tensors = {}
+    for module, rank in ranks.items():
+        outputs, inputs = SHAPES[module]
+        prefix = f"base_model.model.model.layers.0.{module}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs)
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank)
+    settings = LoraSettings(
+        rank=8, alpha=16.0, use_rslora=False, use_dora=False, fan_in_fan_out=False,
+        target_modules=tuple(ranks), modules_to_save=(),
+        rank_pattern=dict(ranks), alpha_pattern={name: 2.0 * rank for name, rank in ranks.items()},
+        base_model_name_or_path=None, revision=None,
+    )  # fmt: skip
+    return Adapter(
+        path=Path("random"), sha256="0" * 64, settings=settings,
+        peft_config=settings.peft_config(), tensors=tensors, card=None, warnings=(),
+    )  # fmt: skip
+
+
+def test_the_adapter_of_all_rows_has_its_own_ranks() -> None:
+    stacks, every = make_stacks(), LoraRows(True, [LoraSegment(0, 9, 2, 0.5)])
+    adapter = make_adapter({"self_attn.q_proj": 20, "self_attn.v_proj": 5, "mlp.up_proj": 16})
+    stacks.write(2, adapter)
+    ranks = {"qkv": 32, "output": 0, "gate_up": 16, "down": 0}
+    for group, wanted in ranks.items():
+        own = getattr(stacks.layer(0), group).of_all(every, 9)
+        assert (own.ranks, own.scale) == (wanted, 0.5)
+        assert not own.a.view(-1, RANK, own.a.shape[1])[:, wanted:].any()
+        assert not own.b[:, wanted:].any()
+    own = stacks.layer(0).qkv.of_all(every, 9)
+    assert own is not None
+    parts = zip(own.a.split(RANK), own.b.split((32, 16, 16)), strict=True)
+    whole = torch.cat([b @ a for a, b in parts])
+    expected = torch.zeros(64, WIDTH)
+    for module, rows in (("self_attn.q_proj", slice(0, 32)), ("self_attn.v_proj", slice(48, 64))):
+        pair = adapter.matrices(f"model.layers.0.{module}")
+        assert pair is not None
+        expected[rows] = 2.0 * pair[1] @ pair[0]
+    torch.testing.assert_close(whole, expected)
+
+
+def test_another_adapter_in_the_slot_has_other_ranks() -> None:
+    stacks, every = make_stacks(), LoraRows(True, [LoraSegment(0, 9, 1, 1.0)])
+    down = stacks.layer(0).down
+    for rank, wanted in ((64, 64), (1, 16)):
+        stacks.write(1, make_adapter({"mlp.down_proj": rank}))
+        own = down.of_all(every, 9)
+        assert own is not None
+        assert own.ranks == wanted
+        assert not own.b[:, wanted:].any()
+
+
+def test_rows_that_differ_in_their_adapter() -> None:
+    down = make_stacks().layer(0).down
+    for segments in (
+        [],
+        [LoraSegment(0, 8, 1, 1.0)],
+        [LoraSegment(1, 9, 1, 1.0)],
+        [LoraSegment(0, 5, 1, 1.0), LoraSegment(5, 9, 1, 0.5)],
+    ):
+        assert down.of_all(LoraRows(bool(segments), segments), 9) is None
