@@ -24,7 +24,12 @@ from qlorachat.kernels import nf4
 from qlorachat.kernels.decode_lora import Expanding
 from qlorachat.kernels.device import is_hopper
 from qlorachat.kernels.nf4_matmul import nf4_matmul, nf4_matmul_tiled
-from qlorachat.kernels.nf4_write_out import MOST_RANKS, LoraMatrices, nf4_write_out
+from qlorachat.kernels.nf4_write_out import (
+    MOST_RANKS,
+    LoraMatrices,
+    nf4_write_out,
+    nf4_write_out_reference,
+)
 from qlorachat.kernels.tiles import rows_padded, tile
 
 cuda: Any = torch.cuda
@@ -167,18 +172,11 @@ def written_excess(weight: nf4.Nf4Matrix, ranks: int) -> float:
     """Of a weight written out with an adapter in it: its largest error, by one rounding."""
     a = torch.randn(len(weight.heights) * ranks, weight.columns, device="cuda").bfloat16()
     b = torch.randn(weight.rows, ranks, device="cuda").bfloat16()
-    lora = LoraMatrices(a, b, ranks, 0.01)
-    exact, row = nf4.nf4_dequantize(weight).double(), 0
-    sizes = exact.abs()
-    for part, height in enumerate(weight.heights):
-        own_a, own_b = a[part * ranks :][:ranks].double(), b[row : row + height].double()
-        exact[row : row + height] += lora.scale * (own_b @ own_a)
-        sizes[row : row + height] += lora.scale * (own_b.abs() @ own_a.abs())
-        row += height
-    error = (nf4_write_out(weight, lora).double() - exact).abs()
-    return float(
-        (error / (torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + SUMMED * sizes)).max()
-    )
+    lora, sizes = LoraMatrices(a, b, ranks, 0.01), LoraMatrices(a.abs(), b.abs(), ranks, 0.01)
+    plain, exact, most = (nf4_write_out_reference(weight, own) for own in (None, lora, sizes))
+    allowed = torch.finfo(torch.bfloat16).eps / 2 * exact.abs()
+    allowed += SUMMED * (plain.abs() + (most - plain).abs())
+    return float(((nf4_write_out(weight, lora).float() - exact).abs() / allowed).max())
 
 
 def random_adapters(weight: nf4.Nf4Matrix, rows: int, slots: int) -> Expanding:
