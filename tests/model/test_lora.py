@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from qlorachat import kernels
 from qlorachat.adapters import Adapter, LoraSettings
-from qlorachat.kernels import LoraSegment
+from qlorachat.kernels import LoraSegment, lora_add_segments
 from qlorachat.model.lora import AdapterStacks, LoraRows
 
 WIDTH, INNER, SLOTS, RANK = 32, 48, 2, 64
@@ -90,3 +93,24 @@ def test_rows_that_differ_in_their_adapter() -> None:
         [LoraSegment(0, 5, 1, 1.0), LoraSegment(5, 9, 1, 0.5)],
     ):
         assert down.of_all(LoraRows(bool(segments), segments), 9) is None
+
+
+def test_a_prefill_of_several_adapters_computes_what_they_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stacks = make_stacks()
+    stacks.write(1, make_adapter({"self_attn.q_proj": 4, "mlp.down_proj": 4}))
+    stacks.write(2, make_adapter({"self_attn.q_proj": 4}))
+    layer, x = stacks.layer(0), torch.randn(9, INNER)
+    rows = LoraRows(True, [LoraSegment(0, 5, 1, 1.0), LoraSegment(5, 9, 2, 0.5)])
+    computed: list[tuple[int, int]] = []
+
+    def note(x: Any, a: Any, b: Any, segments: Any, *rest: Any) -> None:
+        computed.extend((each.start, each.stop) for each in segments)
+        lora_add_segments(x, a, b, segments, *rest)
+
+    monkeypatch.setattr(kernels, "lora_add_segments", note)
+    y = layer.down.add(torch.zeros(9, WIDTH), x, rows)
+    assert computed == [(0, 5)]
+    torch.testing.assert_close(y[:5], x[:5] @ (layer.down.b[0] @ layer.down.a[0]).T)
+    assert not y[5:].any()

@@ -84,7 +84,8 @@ class LoraProjection:
         if not rows.active:
             return y
         if rows.slots is None or rows.scales is None:
-            kernels.lora_add_segments(x, self.a, self.b, rows.segments, y, self.columns)
+            touched = [each for each in rows.segments if self.ranks[each.slot - 1]]
+            kernels.lora_add_segments(x, self.a, self.b, touched, y, self.columns)
             return y
         sums = kernels.lora_shrink(x, self.a, rows.slots)
         kernels.lora_expand_add(sums, self.b, rows.slots, rows.scales, y, self.columns)
