@@ -14,8 +14,9 @@ ui: $(READY)
 	@$(BIN)/qlorachat serve --frontend gradio $(ARGS)
 
 # each worker has one core: numbers then don't depend on how many there are
+test: export OMP_NUM_THREADS := 1
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
