@@ -36,7 +36,7 @@ class SmallHub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.asked.append(path)
         for repository, (status, code) in self.refusals.items():
-            if path.startswith(f"/api/models/{repository}"):
+            if path.startswith((f"/api/models/{repository}", f"/api/datasets/{repository}")):
                 return self.answer(status, b"{}", {"X-Error-Code": code})
         if path.startswith("/api/models/someone/model/tree/"):
             tree = [
@@ -140,6 +140,13 @@ def test_a_refusal_is_one_line(
     with pytest.raises(HubError, match=message) as caught:
         download(repository, revision=revision)
     assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_is_asked_for_as_one(small_hub: list[str]) -> None:
+    with pytest.raises(HubError, match="no such repository on the hub"):
+        hub.why_unreachable("someone/missing", dataset=True)
+    assert hub.why_unreachable("someone/down", dataset=True) == "it answers 503"
+    assert all(path.startswith("/api/datasets/") for path in small_hub)
 
 
 def test_a_hub_that_refuses_connections_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def assert_near(
 
 
 @pytest.mark.parametrize(
-    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((272, 80), 320)]
+    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((32, 80), 1088), ((272, 80), 320)]
 )
 def test_write_out(card: Emulator, heights: tuple[int, ...], columns: int) -> None:
     weight = make_weight(heights, columns)
@@ -57,7 +57,7 @@ def test_write_out(card: Emulator, heights: tuple[int, ...], columns: int) -> No
 
 @pytest.mark.parametrize("ranks", range(0, MOST_RANKS + 1, 16))
 @pytest.mark.parametrize(
-    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((272, 80), 320)]
+    ("heights", "columns"), [((16,), 64), ((48, 16, 32), 192), ((32, 80), 1088), ((272, 80), 320)]
 )
 def test_an_adapter_written_out(
     card: Emulator, heights: tuple[int, ...], columns: int, ranks: int

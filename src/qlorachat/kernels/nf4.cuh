@@ -64,12 +64,6 @@ template <int THREADS> struct TableEntries {
   }
 };
 
-__device__ __forceinline__ u16 round_to_half(float value) {
-  u16 half;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
-  return half;
-}
-
 struct Matrix {
   const u8* packed;       // [N, K / 2]
   const u8* absmax;       // [units of 4 blocks, N, 4], zeros past K

@@ -11,7 +11,7 @@ from qlorachat.kernels.cuda_source import Argument
 from qlorachat.kernels.nf4 import Nf4Matrix, dimensions, nf4_dequantize
 
 SOURCE = "nf4_write_out.cu"
-MOST_RANKS = 32  # above, adding B (A x) to the product is quicker
+MOST_RANKS = 32  # with 64, adding B (A x) to the product is as quick
 _THREADS, _WIDTH = 256, 128  # of a block; columns that it has, WIDTH in the source
 _COPIES_BYTES = 16 * 32 * 4  # of shared memory, COPIES in the source
 

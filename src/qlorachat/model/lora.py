@@ -70,14 +70,15 @@ class LoraProjection:
             own_a[part * rank : part * rank + a.shape[0]].copy_(a)
             columns = slice(self.columns[part], self.columns[part + 1])
             own_b[columns, : b.shape[1]].copy_(scaled)
-        self.ranks[slot - 1] = -(-widest // 16) * 16
+        self.ranks[slot - 1] = _whole(widest)
 
     def of_all(self, rows: LoraRows, count: int) -> LoraMatrices | None:
         """The adapter that all rows of a prefill of `count` have; None if they differ in it."""
         if [(each.start, each.stop) for each in rows.segments] != [(0, count)]:
             return None
-        (only,), index = rows.segments, rows.segments[0].slot - 1
-        return LoraMatrices(self.a[index], self.b[index], self.ranks[index], only.scale)
+        (only,) = rows.segments
+        own = only.slot - 1
+        return LoraMatrices(self.a[own], self.b[own], self.ranks[own], only.scale)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> torch.Tensor:
         """`y` plus, row by row, scale * B A x of the row's adapter; y is changed in place."""
@@ -160,5 +161,10 @@ class AdapterStacks:
 
 
 def _rounded(slots: int, rank: int) -> tuple[int, int]:
-    """Kernels are compiled for a count of slots, so few counts; tensor cores take 16 ranks."""
-    return 1 << (slots - 1).bit_length(), -(-rank // 16) * 16
+    """Kernels are compiled for a count of slots, so few counts."""
+    return 1 << (slots - 1).bit_length(), _whole(rank)
+
+
+def _whole(rank: int) -> int:
+    """Sixteens, as tensor cores take ranks."""
+    return -(-rank // 16) * 16

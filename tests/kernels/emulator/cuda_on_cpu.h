@@ -674,7 +674,6 @@ inline void setp_ne_b32(bool& p, uint32_t a, uint32_t b) { p = a != b; }
 inline void cvt_rn_bf16x2_f32(uint32_t& to, float high, float low) {
   to = static_cast<uint32_t>(round_bf16(high)) << 16 | round_bf16(low);
 }
-inline void cvt_rn_bf16_f32(uint16_t& to, float value) { to = round_bf16(value); }
 
 inline void prefetch_global_L2(const void* at) { global(at, 1, "a prefetch"); }
 inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& values) {

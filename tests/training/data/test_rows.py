@@ -243,10 +243,14 @@ def test_a_reference_that_is_neither_file_nor_data_set(reference: str) -> None:
         read_rows(reference)
 
 
-def test_a_data_set_that_is_not_on_disk() -> None:
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_data_set_that_is_not_on_disk(
+    by_environment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", by_environment)
     with pytest.raises(HubError, match=r"qlorachat-tests/none cannot be brought.*--offline"):
-        read_rows("qlorachat-tests/none", offline=True)
+        read_rows("qlorachat-tests/none", offline=not by_environment)
 
 
 def test_a_hub_that_is_away_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from huggingface_hub import is_offline_mode
+
 from qlorachat import hub
 from qlorachat.errors import ConfigError, HubError
 from qlorachat.training.data.formats import select
@@ -40,8 +42,8 @@ class Source:
 def open_source(reference: str, *, offline: bool = False) -> Source:
     """The records of a file, of a data set's folder, or of a hub data set's split "train".
 
-    With `offline` the hub is not asked: what the library `datasets` has prepared before is taken,
-    as it is, with a warning, where the hub cannot be reached.
+    With `offline` (or HF_HUB_OFFLINE) the hub is not asked: what the library `datasets` has
+    prepared before is taken; with a warning also where the hub cannot be reached.
     Raises ConfigError for a reference or a file that is wrong as a whole, HubError for a data set
     that cannot be brought; both also while the records are read.
     """
@@ -87,6 +89,7 @@ def _open_folder(path: Path) -> Source:
 
 
 def _open_hub(repository: str, *, offline: bool) -> Source:
+    offline = offline or is_offline_mode()
     reason = None if offline else hub.why_unreachable(repository, dataset=True)
     try:
         dataset = _load_cached(repository) if offline or reason else _load(repository)
@@ -94,7 +97,7 @@ def _open_hub(repository: str, *, offline: bool) -> Source:
         why = first_line(error)
         advice = "check its name and the connection (a gated one needs `hf auth login`)"
         if offline:
-            advice = "the hub is not asked (--offline), run once without it"
+            advice = "the hub is not asked (--offline or HF_HUB_OFFLINE), run once without it"
         elif reason:
             why, advice = f"the hub: {reason}", "check the connection or proxy"
         raise HubError(
