@@ -19,9 +19,10 @@ from tests.kernels.emulator import Emulator, OnCard
 HALF = torch.bfloat16
 LIKE = torch.empty(0).as_subclass(OnCard)
 CARD = torch.device("cuda", 0)
+STEP_KERNELS = ("1_one", "1", "2")
 TRIALS: list[tuple[Callable[[torch.Tensor], None], int]] = [
     (trial.try_products, 30),
-    (trial.try_step, 6),
+    (trial.try_step, 9),
     (partial(trial.try_attention, group=1, head_dim=128, cached=HALF), 2),
     (partial(trial.try_attention, group=3, head_dim=64, cached=INT8), 2),
     (partial(trial.try_attention, group=4, head_dim=256, cached=HALF), 2),
@@ -35,6 +36,12 @@ def test_all_kernels_pass(
     for card.seed in (0, 1, 2):
         attempt(LIKE)
     assert len(card.launched) == 3 * launches
+
+
+def test_all_kernels_of_a_step_are_tried(card: Emulator) -> None:
+    trial.try_step(LIKE)
+    kernels = ("begin_residual", "add_to_residual", "silu_mul")
+    assert set(card.launched) == {f"{each}_{tiles}" for each in kernels for tiles in STEP_KERNELS}
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan")])

@@ -49,7 +49,7 @@ def quantized(weight: torch.Tensor) -> Linear4bit:
     return layer
 
 
-def stacks(slots: int, dtype: torch.dtype = torch.float32) -> AdapterStacks:
+def stacks(slots: int, dtype: torch.dtype = torch.float32, rank: int = 20) -> AdapterStacks:
     """Random adapters in every slot; the same ones whenever it is called."""
     width = HIDDEN // HEADS
     shapes = {
@@ -66,7 +66,7 @@ def stacks(slots: int, dtype: torch.dtype = torch.float32) -> AdapterStacks:
         }.items()
     }
     own = AdapterStacks(LAYERS, shapes, dtype=dtype, device=torch.device("cpu"))
-    own.allocate(slots, 20)
+    own.allocate(slots, rank)
     torch.manual_seed(1)
     for index in range(LAYERS):
         for projection in own.layer(index).projections:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -166,15 +167,42 @@ def launch(
     (programmatic dependent launch). cluster: neighbours along the grid's first axis; only where
     `device.starts_early`.
     """
-    driver: Any = importlib.import_module("cuda.bindings.driver")
-    values, types = zip(*map(_typed, arguments), strict=True)
+    current = torch.cuda.current_device()
+    index = current if device.index is None else device.index
+    config = _launch_config(
+        *(*grid, *(1,) * (3 - len(grid))),
+        threads=threads,
+        shared_bytes=shared_bytes,
+        stream=torch._C._cuda_getCurrentRawStream(index),
+        early=early and starts_early(device),
+        cluster=cluster,
+    )
+    arguments_and_types = tuple(zip(*map(_typed, arguments), strict=True))
+    with nullcontext() if index == current else torch.cuda.device(index):
+        _done(_driver().cuLaunchKernelEx(config, function, arguments_and_types, 0))
+
+
+@functools.lru_cache(4096)
+def _launch_config(
+    x: int,
+    y: int,
+    z: int,
+    *,
+    threads: int,
+    shared_bytes: int,
+    stream: int,
+    early: bool,
+    cluster: int,
+) -> Any:
+    """Kept, for to make one takes longer than the launch."""
+    driver = _driver()
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, *(1,) * (3 - len(grid))
+    config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = shared_bytes
-    config.hStream = torch.cuda.current_stream(device).cuda_stream
+    config.hStream = stream
     attributes = []
-    if early and starts_early(device):
+    if early:
         attributes.append(driver.CUlaunchAttribute())
         attributes[-1].id = _attribute("PROGRAMMATIC_STREAM_SERIALIZATION")
         attributes[-1].value.programmaticStreamSerializationAllowed = 1
@@ -184,13 +212,16 @@ def launch(
         size = attributes[-1].value.clusterDim
         size.x, size.y, size.z = cluster, 1, 1
     config.attrs, config.numAttrs = attributes, len(attributes)
-    with torch.cuda.device(device):
-        _done(driver.cuLaunchKernelEx(config, function, (values, types), 0))
+    return config
 
 
 def _attribute(name: str) -> Any:
-    driver: Any = importlib.import_module("cuda.bindings.driver")
-    return getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+    return getattr(_driver().CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+
+
+@functools.cache
+def _driver() -> Any:
+    return importlib.import_module("cuda.bindings.driver")
 
 
 def _typed(argument: Argument) -> tuple[Any, Any]:
@@ -206,7 +237,7 @@ def _typed(argument: Argument) -> tuple[Any, Any]:
 
 @functools.lru_cache(4096)
 def _encode(address: int, rows: int, row_bytes: int) -> Any:
-    driver: Any = importlib.import_module("cuda.bindings.driver")
+    driver = _driver()
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
     return _done(
         driver.cuTensorMapEncodeTiled(
@@ -229,7 +260,7 @@ def _load(
     device: torch.device,
     definitions: tuple[str, ...],
 ) -> Any:
-    driver: Any = importlib.import_module("cuda.bindings.driver")
+    driver = _driver()
     own = (f"SHARED_BASE={shared_base}", *definitions)
     with torch.cuda.device(device):
         code = machine_code(name, architecture(device), own)
@@ -243,7 +274,7 @@ def _load(
 def _function(
     module: Any, kernel: str, most_shared_bytes: int, shared_percent: int | None = None
 ) -> Any:
-    driver: Any = importlib.import_module("cuda.bindings.driver")
+    driver = _driver()
     function = _done(driver.cuModuleGetFunction(module, kernel.encode()))
     attributes = driver.CUfunction_attribute
     if most_shared_bytes:

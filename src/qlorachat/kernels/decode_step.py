@@ -34,6 +34,8 @@ _FEW = 16  # rows up to which a warp has one tile of columns, not two
 _COLUMNS = 16  # of a tile
 _PIECE_BYTES = 512  # of 16 ranks of a tile, PIECE in lora_between.cuh
 _LEAST = {1: (4, 8), 2: (2, 6)}  # of B and A, that are used at once: GROUPS there, by tiles
+# slots and ranks of B and of A (q|k|v's) for which there are kernels that know no others
+_ONE = ([(1, 16), (0, 0)], [(0, 0), (1, 48)], [(1, 16), (1, 48)])
 # bytes of shared memory for a block's pieces: what a product of so many padded rows leaves, beside
 # which a block then waits; of most rows nothing fits beside one
 _BESIDE = {8: 58 * 1024, 16: 46 * 1024, 32: 26 * 1024, 64: 64 * 1024}
@@ -222,6 +224,7 @@ class _Room(NamedTuple):
 
     b: int
     a: int
+    one: bool  # whether that is one adapter of 16 ranks, and the rows are few
     warps: int
     bytes: int  # of a block
 
@@ -249,7 +252,8 @@ def _find_room(
     )
     b = min(b, max(least_b, left // parts - min(a, left // 2)))
     a = min(a, max(least_a, left - b * parts))
-    return _Room(b, a, warps, warps * tiles * (b * parts + a) * _PIECE_BYTES)
+    one = tiles == 1 and sizes in _ONE
+    return _Room(b, a, one, warps, warps * tiles * (b * parts + a) * _PIECE_BYTES)
 
 
 def _tiles(rows: int) -> int:
@@ -267,8 +271,9 @@ def _launch(
 ) -> None:
     assert like.dtype == torch.bfloat16
     tiles = _tiles(rows)
+    name = f"{kernel}_{tiles}" + ("_one" if room.one else "")
     function = cuda_source.load_kernel(
-        SOURCE, f"{kernel}_{tiles}", like.device, shared_percent=cuda_source.STEP_SHARED
+        SOURCE, name, like.device, shared_percent=cuda_source.STEP_SHARED
     )
     grid = (-(-columns // (_COLUMNS * tiles * room.warps)), -(-rows // _ROWS))
     threads = 32 * room.warps

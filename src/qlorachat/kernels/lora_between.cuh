@@ -31,7 +31,8 @@ template <int TILES, int WARPS> struct Place {
 };
 
 // Pieces of one slot that are used at once, GROUPS at most. The first ranks of all slots come before the next ranks.
-template <int GROUPS> struct Turn {
+// ONE: no row has another slot, and that has GROUPS pieces: there is one turn, and code for no more.
+template <int GROUPS, bool ONE> struct Turn {
   u32 all, left;    // lanes whose rows have an adapter; whose slots have yet to come, with these ranks
   int slot, first;  // 0 if no turn is left; its first rank
 
@@ -39,14 +40,14 @@ template <int GROUPS> struct Turn {
     slot = take_slot(mine, left);
   }
   __device__ __forceinline__ void next(int mine, int ranks) {
-    slot = take_slot(mine, left);
-    if (slot) return;
+    slot = ONE ? 0 : take_slot(mine, left);
+    if (ONE || slot) return;
     first += 16 * GROUPS;
     if (first >= ranks) return;
     left = all;
     slot = take_slot(mine, left);
   }
-  __device__ __forceinline__ int pieces(int ranks) const { return min(GROUPS, ranks - first >> 4); }
+  __device__ __forceinline__ int pieces(int ranks) const { return ONE ? GROUPS : min(GROUPS, ranks - first >> 4); }
 };
 
 // The pieces of one turn after the other, as many at a time as a warp has room for.
@@ -56,8 +57,8 @@ struct Held {
   int at, unread;  // the piece that is next, and how many are there from it on
 
   // From a turn on. all: what there is no room for yet comes to the L2. Source: `copy` and `prefetch`.
-  template <class Source, int GROUPS>
-  __device__ __forceinline__ void fetch(const Source& source, int mine, Turn<GROUPS> turn, bool all) {
+  template <class Source, class Turn>
+  __device__ __forceinline__ void fetch(const Source& source, int mine, Turn turn, bool all) {
     at = unread = 0;
     const u32 to = static_cast<u32>(__cvta_generic_to_shared(begin));
     bool full = false;
@@ -75,8 +76,8 @@ struct Held {
     commit_copies();
   }
   // Before a turn whose pieces may not be there.
-  template <class Source, int GROUPS>
-  __device__ __forceinline__ void refill(const Source& source, int mine, const Turn<GROUPS>& turn) {
+  template <class Source, class Turn>
+  __device__ __forceinline__ void refill(const Source& source, int mine, const Turn& turn) {
     if (unread >= turn.pieces(source.ranks)) return;
     __syncwarp();  // all have read what was there
     fetch(source, mine, turn, false);
@@ -146,11 +147,11 @@ template <int TILES> struct SourceA {
 // What the adapters add to the sums of a lane's columns, in each of PARTS parts: scale * B (A x). A x is operand A of
 // mma, split in two bfloat16 so that no digit of note is lost, the second ones as rows 8 to 15; B is operand B, 8
 // columns at a time, such that a lane's four are its own. GROUPS: pieces held in registers.
-template <int TILES, int PARTS, int GROUPS> struct Expand {
+template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
   const Expanding& adapters;
   const int mine;  // slot of this lane's row
   const SourceB<TILES, PARTS> source;
-  Turn<GROUPS> turn;
+  Turn<GROUPS, ONE> turn;
   Held held;
   float scale;
   const float* from;                     // A x of this lane's row, from rank 4 t
@@ -188,14 +189,14 @@ template <int TILES, int PARTS, int GROUPS> struct Expand {
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
         x[g][part] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (mine && turn.first + 16 * g < adapters.ranks)
+        if (mine && (ONE || turn.first + 16 * g < adapters.ranks))
           x[g][part] = __ldca(reinterpret_cast<const float4*>(from + part * adapters.ranks + turn.first + 16 * g));
       }
   }
   __device__ __forceinline__ void split(const float4 (&x)[GROUPS][PARTS]) {
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
-      if (turn.first + 16 * g >= adapters.ranks) break;
+      if (!ONE && turn.first + 16 * g >= adapters.ranks) break;
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
         const float4& four = x[g][part];
@@ -271,14 +272,14 @@ template <int TILES, int PARTS, int GROUPS> struct Expand {
 
 // A x of a block's rows and columns, for the product that follows: x is operand A of mma, 8 ranks of A operand B. Warps
 // add up in shared memory.
-template <int TILES> struct Shrink {
+template <int TILES, bool ONE> struct Shrink {
   // Pieces between two barriers, pieces held in registers.
-  static constexpr int WARPS = 4, GROUPS = TILES == 1 ? 8 : 6, BATCH = 3;
+  static constexpr int WARPS = 4, GROUPS = ONE ? 3 : TILES == 1 ? 8 : 6, BATCH = 3;
   struct Sums { float of[GROUPS][WARPS][ROWS * 16]; };
   const Shrinking& adapters;
   const int mine;  // slot of this lane's row
   const SourceA<TILES> source;
-  Turn<GROUPS> turn;
+  Turn<GROUPS, ONE> turn;
   Held held;
   const u8* pieces;              // of the turn
   uint2 words[BATCH][TILES][2];  // of some of these
