@@ -34,7 +34,11 @@ from random_model import adapter, build, opened, scaled
 RESULTS = Path(__file__).parent / "results"
 ANSWER = 128  # tokens; the context is that of the middle of the answer
 PROMPT = 192  # tokens, where no context is said
-CASES = ((1, 1024), (1, 256), (8, 256), (32, 256), (64, 256), (64, 1024))  # batch, context
+MOST = 128  # rows, of the largest batch
+CASES = (  # batch, context
+    *((1, 1024), (1, 256), (8, 256), (32, 256)),
+    *((64, 256), (64, 1024), (MOST, 256)),
+)
 ROUNDS = 3  # of decoding, of which the median is noted
 REST = 0.5  # seconds before a prefill
 STEP_GAP = 3.0  # microseconds: kernels of one graph follow each other faster
@@ -81,7 +85,8 @@ def measure(arguments: argparse.Namespace) -> None:
     reference = peer(model, one, record, timed=not arguments.no_peer)
     backend = PagedBackend(
         opened(model, arguments.size),
-        max_sequences=64,
+        max_sequences=MOST,
+        max_queue=MOST,
         kv_cache=arguments.kv_cache,
         prefix_caching=False,
     )

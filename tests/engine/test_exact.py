@@ -10,7 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlorachat.engine.backend import PagedBackend
-from qlorachat.engine.batch import Batch
+from qlorachat.engine.batch import Batch, ScheduledRow
+from qlorachat.engine.sampler import Sampled
+from qlorachat.model import PagedLlama
 from qlorachat.opening import OpenedModel
 from qlorachat.protocols import ModelInfo
 from qlorachat.testing import ByteTokenizer
@@ -134,4 +136,24 @@ def test_blocks_do_run_short_and_requests_are_preempted(
     monkeypatch.setattr(backend._runner, "launch", record)
     assert ask(backend, PROMPTS, SAMPLING["greedy"]) == expected["greedy"]
     assert resumed > 0
+    backend.close()
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_rows_share_out_steps_that_take_few(
+    expected: dict[str, list[list[int]]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PagedLlama, "most_decode_rows", 3)
+    backend = PagedBackend(open_small())
+    taken: list[int] = []
+    decode = backend._runner._decode
+
+    def record(rows: Sequence[ScheduledRow]) -> Sampled:
+        taken.append(len(rows))
+        return decode(rows)
+
+    monkeypatch.setattr(backend._runner, "_decode", record)
+    assert ask(backend, PROMPTS, SAMPLING[name]) == expected[name]
+    assert max(taken) == 3
+    assert sum(taken) >= sum(map(len, expected[name])) - len(PROMPTS)
     backend.close()

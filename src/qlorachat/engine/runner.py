@@ -1,7 +1,7 @@
 """Runs batches on the device: launches return at once, tokens stay there until somebody asks."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -85,7 +85,13 @@ class Runner:
         if batch.decodes:
             # rows with one adapter side by side: kernels take its weights once for all of them
             decodes = sorted(batch.decodes, key=lambda row: row.slot)
-            parts.append((decodes, self._decode(decodes)))
+            most = self._model.most_decode_rows or len(decodes)
+            for start in range(0, len(decodes), most):
+                own = decodes[start : start + most]
+                sampled = self._decode(own)
+                if start + most < len(decodes):  # what follows may overwrite them
+                    sampled = replace(sampled, tokens=sampled.tokens.clone())
+                parts.append((own, sampled))
         if batch.prefills:
             hidden = self._prefill(batch.prefills)
             scores = self._score(hidden, batch.prefills)

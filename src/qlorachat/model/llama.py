@@ -9,6 +9,7 @@ from torch import nn
 
 from qlorachat import kernels
 from qlorachat.kernels.card import why_not_products
+from qlorachat.kernels.nf4_matmul import MOST_ROWS
 from qlorachat.model.cache import KVCache
 from qlorachat.model.fused_decode import FusedDecode, why_not_fused
 from qlorachat.model.layer import Layer, take_layer
@@ -52,6 +53,11 @@ class PagedLlama:
             self._fused = FusedDecode(self._layers, self._embedding, rope, self._epsilon)
         elif why_not_products(self.device) is None:
             log.info("decode steps are not fused, which is slower: %s", reason)
+
+    @property
+    def most_decode_rows(self) -> int | None:
+        """Above so many rows, two decode steps take less time than one; None: they never do."""
+        return MOST_ROWS if self._fused is not None else None
 
     def hidden(self, rows: Rows, cache: KVCache) -> torch.Tensor:
         """The final hidden state of every row, (rows, hidden), its keys and values cached."""
