@@ -5,7 +5,7 @@
         --kernel-regex kns=attend --kernel-regex kns=residual --kernel-regex kns=silu \\
         python bench/fused_check.py --few
 
-Random inputs from 1 to 64 rows, ranks 16 to 512, one slot and several, heads of 64 to 256 and
+Random inputs from 1 to 64 rows, ranks 16 to 512, one adapter and several, heads of 64 to 256 and
 groups of 1 to 8, contexts from nothing to thousands of positions in 16 and 8 bits, NaN where
 nothing may look; of the products those with A x beside them. Each launch is repeated: what has no
 atomic adds must come out equal to the bit, the rest within the spread of float32 sums; A x, of the
@@ -37,9 +37,9 @@ NAN, UNTOUCHED = float("nan"), 7.0
 ROWS = (1, 2, 3, 8, 9, 16, 20, 32, 47, 64)
 RANKS = (None, 16, 48, 64, 192, 512)
 SLOTS = 4
-ADAPTERS = (  # slots, ranks of what is added and of the next product
-    *((SLOTS, *ranks) for ranks in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True)),
-    *((1, *ranks) for ranks in ((16, None), (None, 48), (16, 48))),  # have kernels of their own
+ADAPTERS = (  # whether rows have one alone, ranks of what is added and of the next product
+    *((False, *ranks) for ranks in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True)),
+    *((True, *ranks) for ranks in ((16, None), (None, 48), (16, 48))),  # have their own kernels
 )
 SPLITS = (None, 1, 2, 4, 8)
 EPS, HIDDEN = 1e-5, 100
@@ -57,35 +57,35 @@ def product(rows: int, outputs: int) -> tuple[torch.Tensor, LateNorm]:
     return torch.randn(rows, outputs, device="cuda"), LateNorm(squares, HIDDEN, EPS)
 
 
-def stacked(rows: int, count: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked(rows: int, one: bool, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights of slots and each row's slot: the second is nobody's, NaN those that no row has."""
-    known = torch.tensor([slot for slot in range(count + 1) if slot != 2], dtype=torch.int32)
+    known = torch.tensor([0, 3] if one else [0, 1, 3, 4], dtype=torch.int32)
     slots = known[torch.randint(0, len(known), (rows,))]
-    slots[0] = count
-    weights = half(count, *shape) / shape[-1] ** 0.5
-    for slot in range(1, count + 1):
+    slots[0] = 3
+    weights = half(SLOTS, *shape) / shape[-1] ** 0.5
+    for slot in range(1, SLOTS + 1):
         if slot not in slots:
             weights[slot - 1] = NAN
     return weights, slots.cuda()
 
 
-def shrinking(rows: int, columns: int, rank: int | None, count: int = SLOTS) -> Shrinking | None:
+def shrinking(rows: int, columns: int, rank: int | None, one: bool = False) -> Shrinking | None:
     if rank is None:
         return None
-    a, slots = stacked(rows, count, rank, columns)
-    return Shrinking(a, slots, torch.randn(rows, count * rank, device="cuda"))
+    a, slots = stacked(rows, one, rank, columns)
+    return Shrinking(a, slots, torch.randn(rows, SLOTS * rank, device="cuda"), one)
 
 
 def expanding(
-    rows: int, width: int, parts: int, rank: int | None, count: int = SLOTS
+    rows: int, width: int, parts: int, rank: int | None, one: bool = False
 ) -> Expanding | None:
     """A x is NaN but for each row's own slot."""
     if rank is None:
         return None
-    b, slots = stacked(rows, count, parts * width, rank)
-    shrunk = torch.randn(rows, count, parts * rank, device="cuda")
-    shrunk[slots[:, None] != torch.arange(1, count + 1, device="cuda")] = NAN
-    return Expanding(shrunk.flatten(1), b, slots, 2 * torch.rand(rows, device="cuda"))
+    b, slots = stacked(rows, one, parts * width, rank)
+    shrunk = torch.randn(rows, SLOTS, parts * rank, device="cuda")
+    shrunk[slots[:, None] != torch.arange(1, SLOTS + 1, device="cuda")] = NAN
+    return Expanding(shrunk.flatten(1), b, slots, 2 * torch.rand(rows, device="cuda"), one)
 
 
 def tiled(rows: int, columns: int) -> torch.Tensor:
@@ -98,13 +98,14 @@ def step_cases() -> Iterator[Case]:
         for width in (64, 576, 4096):
             h, weight, squares = half(rows, width), half(width), torch.rand(rows, device="cuda")
             ids = torch.randint(0, 50, (rows,), device="cuda")
-            for count, rank, next_rank in ADAPTERS:
-                adapters = shrinking(rows, width, next_rank, count)
-                added = expanding(rows, width, 1, rank, count)
+            for one, rank, next_rank in ADAPTERS:
+                adapters = shrinking(rows, width, next_rank, one)
+                added = expanding(rows, width, 1, rank, one)
                 normed = (weight, tiled(rows, width))
-                heading = f"{rows} rows of {width}, {count} slots, rank {rank}"
+                said = f"{rows} rows of {width}, {'one adapter' if one else 'several'}"
+                heading = f"{said}, rank {rank}"
                 yield (
-                    f"begin_residual, {rows} rows of {width}, {count} slots, rank {next_rank}",
+                    f"begin_residual, {said}, rank {next_rank}",
                     *(decode_step.begin_residual, decode_step.begin_residual_reference),
                     (ids, half(50, width), *normed, h * NAN, squares, adapters),
                 )
@@ -121,7 +122,7 @@ def step_cases() -> Iterator[Case]:
                 yield (
                     f"silu_mul_sums, {heading}",
                     *(decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference),
-                    (*product(rows, 2 * width), normed[1], expanding(rows, width, 2, rank, count)),
+                    (*product(rows, 2 * width), normed[1], expanding(rows, width, 2, rank, one)),
                 )
 
 

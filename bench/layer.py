@@ -106,7 +106,8 @@ class Trial:
         lora = LoraRows(False)
         if slots:
             own = (whole * slots // count + 1).int()
-            lora = LoraRows(True, slots=own, scales=torch.ones(count, device=device))
+            scales = torch.ones(count, device=device)
+            lora = LoraRows(True, slots=own, scales=scales, one=slots == 1)
         return Rows(
             ids=whole.long() + 5,
             positions=torch.full_like(whole, last),

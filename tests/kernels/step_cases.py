@@ -46,31 +46,37 @@ def assert_untouched(x: torch.Tensor, rows: int, columns: int) -> None:
     assert torch.equal(x, expected)
 
 
-def make_slots(rows: int, count: int) -> torch.Tensor:
+def make_slots(rows: int, count: int, one: bool = False) -> torch.Tensor:
     """Of each row; the first one has an adapter, the second none, and nobody slot 2."""
-    known = torch.tensor([slot for slot in range(count + 1) if slot != 2])
-    slots = known[torch.randint(0, count, (rows,))].int()
+    known = torch.tensor([0, count] if one else [s for s in range(count + 1) if s != 2])
+    slots = known[torch.randint(0, len(known), (rows,))].int()
     slots[:2] = torch.tensor([count, 0])[:rows]
     return slots
 
 
 def make_shrinking(
-    dtype: torch.dtype, rows: int, columns: int, rank: int | None, count: int = SLOTS
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    rank: int | None,
+    count: int = SLOTS,
+    *,
+    one: bool = False,
 ) -> Shrinking | None:
     """A of slots that no row has is NaN; without `rank` there are no adapters."""
     if rank is None:
         return None
-    slots = make_slots(rows, count)
+    slots = make_slots(rows, count, one)
     a = (torch.randn(count, rank, columns) / columns**0.5).to(dtype)
     poison_unused(a, slots)
-    return Shrinking(a, slots, apart(earlier_shrunk(rows, count * rank)))
+    return Shrinking(a, slots, apart(earlier_shrunk(rows, count * rank)), one)
 
 
 def assert_shrunk(shrinking: Shrinking | None, x: torch.Tensor) -> None:
     """A x of a tiled x was added to what `make_shrinking` left, for each row's own slot alone."""
     if shrinking is None:
         return
-    a, slots, shrunk = shrinking
+    a, slots, shrunk, _ = shrinking
     expected = earlier_shrunk(*shrunk.shape).double().view(len(slots), len(a), -1)
     sizes = torch.zeros_like(expected)
     plain = untile(x, len(slots), a.shape[2]).double()
@@ -108,17 +114,23 @@ def earlier_shrunk(rows: int, ranks: int) -> torch.Tensor:
 
 
 def make_expanding(
-    dtype: torch.dtype, rows: int, heights: tuple[int, ...], rank: int | None, count: int = SLOTS
+    dtype: torch.dtype,
+    rows: int,
+    heights: tuple[int, ...],
+    rank: int | None,
+    count: int = SLOTS,
+    *,
+    one: bool = False,
 ) -> Expanding | None:
     """A x is NaN but for each row's own slot, B for slots that no row has."""
     if rank is None:
         return None
-    slots = make_slots(rows, count)
+    slots = make_slots(rows, count, one)
     shrunk = torch.randn(rows, count, len(heights) * rank)
     shrunk[slots[:, None] != torch.arange(1, count + 1)] = POISON
     b = torch.randn(count, sum(heights), rank).to(dtype)
     poison_unused(b, slots)
-    return Expanding(apart(shrunk.flatten(1)), b, slots, torch.rand(rows) * 2)
+    return Expanding(apart(shrunk.flatten(1)), b, slots, torch.rand(rows) * 2, one)
 
 
 def make_exact_expanding(dtype: torch.dtype, rows: int, heights: tuple[int, ...]) -> Expanding:
@@ -159,7 +171,7 @@ def expanded(
     """scale * B (A x) and scale * |B| |A x| in float64, row by row and part by part."""
     if expanding is None:
         return 0.0, 0.0
-    shrunk, b, slots, scales = expanding
+    shrunk, b, slots, scales, _ = expanding
     every = shrunk.double().view(len(slots), len(b), len(heights), -1)
     added = torch.zeros(2, len(slots), b.shape[1], dtype=torch.float64)
     for row, slot in enumerate(slots.tolist()):

@@ -35,14 +35,14 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("in_8_bits", [False, True])
-@pytest.mark.parametrize("slots", [(1, 0), (1, 0, 1), (2, 1, 0, 2), (0, 0, 0), (1, 2, 0) * 3])
+@pytest.mark.parametrize("slots", [(1, 0), (2, 0, 2), (2, 1, 0, 2), (0, 0, 0), (1, 2, 0) * 3])
 def test_a_step(
     slots: tuple[int, ...], in_8_bits: bool, card: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of adapters of 20 ranks, but for that of three rows: 16, which has its own kernels."""
     monkeypatch.setattr(fusion, "why_not", lambda parts: None)
-    only = slots == (1, 0, 1)
-    model = PagedLlama(quantized_model(HALF), stacks(*((1, HALF, 16) if only else (2, HALF))))
+    only = slots == (2, 0, 2)
+    model = PagedLlama(quantized_model(HALF), stacks(2, HALF, 16 if only else 20))
     rest = ((model._cos, model._sin), model._epsilon)
     reference = FusedDecode(model._layers, model._embedding, *rest)
     fused = FusedDecode(model._layers, model._embedding.as_subclass(OnCard), *rest)

@@ -28,7 +28,6 @@ from tests.kernels.emulator import Emulator, OnCard
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
-    SLOTS,
     apart,
     assert_adapters,
     make_expanding,
@@ -125,16 +124,14 @@ def check_adapters(run: Sequence[Any], given: Sequence[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "count"), [*((rank, SLOTS) for rank in (None, 16, 48, 64, 112, 192)), (48, 1)]
+    ("rank", "one"), [*((rank, False) for rank in (None, 16, 48, 64, 112, 192)), (48, True)]
 )
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 320), (9, 576), (64, 192)])
-def test_begin_residual(
-    card: Emulator, rows: int, width: int, rank: int | None, count: int
-) -> None:
+def test_begin_residual(card: Emulator, rows: int, width: int, rank: int | None, one: bool) -> None:
     torch.manual_seed(rows)
     x = make_tiled(HALF, width, rows_padded(rows))
     given = (torch.randint(0, 9, (rows,)), half(9, width), half(width), x)
-    shrinking = make_shrinking(HALF, rows, width, rank, count)
+    shrinking = make_shrinking(HALF, rows, width, rank, one=one)
     arguments = (*given, half(rows, width) * POISON, torch.rand(rows), shrinking)
     check(card, begin_residual, begin_residual_reference, *arguments)
 
@@ -145,22 +142,22 @@ RANKS = [  # of the adapters that are added, and of the next product's
     *((16, None), (48, None), (80, None), (192, None)),
     *((16, 192), (48, 48), (80, 16), (192, 112)),
 ]
-ADAPTERS = [  # with slots; one of 16 ranks has kernels of its own
-    *((SLOTS, *ranks) for ranks in RANKS),
-    *((1, *ranks) for ranks in ((None, 48), (16, None), (16, 48), (32, 48))),
+ADAPTERS = [  # whether rows have one alone, which has kernels of its own if it has 16 ranks
+    *((False, *ranks) for ranks in RANKS),
+    *((True, *ranks) for ranks in ((None, 48), (16, None), (16, 48), (32, 48))),
 ]
 
 
-@pytest.mark.parametrize(("count", "rank", "next_rank"), ADAPTERS)
+@pytest.mark.parametrize(("one", "rank", "next_rank"), ADAPTERS)
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
 def test_add_to_residual(
-    card: Emulator, rows: int, width: int, count: int, rank: int | None, next_rank: int | None
+    card: Emulator, rows: int, width: int, one: bool, rank: int | None, next_rank: int | None
 ) -> None:
     sums, _ = make_sums(rows, width)
     x = make_tiled(HALF, width, rows_padded(rows))
     adapters = (
-        make_expanding(HALF, rows, (width,), rank, count),
-        make_shrinking(HALF, rows, width, next_rank, count),
+        make_expanding(HALF, rows, (width,), rank, one=one),
+        make_shrinking(HALF, rows, width, next_rank, one=one),
     )
     check(
         *(card, add_to_residual, add_to_residual_reference),
@@ -177,13 +174,13 @@ def test_the_last_add_to_residual(card: Emulator, rank: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "count"), [*((rank, SLOTS) for rank in (None, 16, 48, 80, 192)), (16, 1)]
+    ("rank", "one"), [*((rank, False) for rank in (None, 16, 48, 80, 192)), (16, True)]
 )
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
-def test_silu_mul(card: Emulator, rows: int, width: int, rank: int | None, count: int) -> None:
+def test_silu_mul(card: Emulator, rows: int, width: int, rank: int | None, one: bool) -> None:
     sums, squares = make_sums(rows, 2 * width)
     x = make_tiled(HALF, width, rows_padded(rows))
-    expanding = make_expanding(HALF, rows, (width, width), rank, count)
+    expanding = make_expanding(HALF, rows, (width, width), rank, one=one)
     check(
         *(card, silu_mul_sums, silu_mul_sums_reference),
         *(sums, LateNorm(squares, HIDDEN, EPS), x, expanding),

@@ -108,6 +108,7 @@ def decode_rows(slots: Sequence[int], *, active: bool) -> Rows:
             active,
             slots=torch.tensor(slots, dtype=torch.int32),
             scales=torch.linspace(0.5, 1.5, count),
+            one=len({*slots} - {0}) == 1,
         ),
     )
 

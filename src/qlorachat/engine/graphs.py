@@ -21,7 +21,7 @@ class _Shape(NamedTuple):
 
     size: int  # rows
     width: int  # blocks of a block table: how far attention may reach decides how it is split
-    active: bool  # whether any row has an adapter
+    adapters: int  # that rows have: 0, 1 or, for more, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class DecodeGraphs:
         return _Shape(
             size=next(size for size in SIZES if size >= len(rows)),
             width=min(max(LEAST_WIDTH, 1 << (longest - 1).bit_length()), self._blocks),
-            active=any(row.slot for row in rows),
+            adapters=min(2, len({row.slot for row in rows if row.slot})),
         )
 
     def _write(self, rows: Sequence[ScheduledRow], shape: _Shape) -> None:
@@ -102,7 +102,7 @@ class DecodeGraphs:
         return self._inputs[: COLUMNS * shape.size].view(COLUMNS, shape.size)
 
     def _step(self, shape: _Shape) -> torch.Tensor:
-        size, width, active = shape
+        size, width, adapters = shape
         columns = self._columns(shape)
         tables = self._inputs[COLUMNS * size :][: size * width].view(size, width)
         rows = Rows(
@@ -110,7 +110,12 @@ class DecodeGraphs:
             positions=columns[1],
             slots=columns[2],
             attention=DecodeRows(tables, columns[3]),
-            lora=LoraRows(active, slots=columns[4], scales=columns[5].view(torch.float32)),
+            lora=LoraRows(
+                adapters > 0,
+                slots=columns[4],
+                scales=columns[5].view(torch.float32),
+                one=adapters == 1,
+            ),
         )
         return self._model.logits(self._model.hidden(rows, self._cache))
 

@@ -27,17 +27,18 @@ class Shrinking(NamedTuple):
 
     a: [S, R, K], contiguous, of x's dtype; R, the ranks of all parts of the product, is a
     multiple of 16. slots: int32 [M]. shrunk: float32 [M, S * R], rows contiguous; atomic adds, in
-    no order.
+    no order. one: whether no two rows have different adapters.
     """
 
     a: torch.Tensor
     slots: torch.Tensor
     shrunk: torch.Tensor
+    one: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Slots and ranks of A."""
-        return self.a.shape[0], self.a.shape[1]
+        """Slots that rows may have, and ranks of A."""
+        return 1 if self.one else self.a.shape[0], self.a.shape[1]
 
     def check(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         slots, ranks, _ = self.a.shape
@@ -57,18 +58,19 @@ class Expanding(NamedTuple):
 
     shrunk: float32 [M, S * parts * R], A x of every slot and part, rows contiguous. b: [S, N, R],
     contiguous, of x's dtype, alpha / r folded in; R is a multiple of 16. slots: int32 [M]. scales:
-    float32 [M], the adapter's strength.
+    float32 [M], the adapter's strength. one: as in `Shrinking`.
     """
 
     shrunk: torch.Tensor
     b: torch.Tensor
     slots: torch.Tensor
     scales: torch.Tensor
+    one: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Slots and ranks of B."""
-        return self.b.shape[0], self.b.shape[2]
+        """Slots that rows may have, and ranks of B."""
+        return 1 if self.one else self.b.shape[0], self.b.shape[2]
 
     def check(self, rows: int, heights: Sequence[int], dtype: torch.dtype) -> None:
         slots, outputs, ranks = self.b.shape
@@ -103,21 +105,23 @@ def shrinking_arguments(shrinking: Shrinking | None) -> Sequence[Argument]:
     """What the sources call lora_a, lora_slots, shrunk, stride and ranks."""
     if shrinking is None:
         return None, None, None, 0, 0
-    return *shrinking, shrinking.shrunk.stride(0), shrinking.a.shape[1]
+    a, slots, shrunk, _ = shrinking
+    return a, slots, shrunk, shrunk.stride(0), a.shape[1]
 
 
 def expanding_arguments(expanding: Expanding | None) -> Sequence[Argument]:
     """What the sources call lora_shrunk, lora_b, lora_slots, lora_scales, stride and ranks."""
     if expanding is None:
         return None, None, None, None, 0, 0
-    return *expanding, expanding.shrunk.stride(0), expanding.b.shape[2]
+    shrunk, b, slots, scales, _ = expanding
+    return shrunk, b, slots, scales, shrunk.stride(0), b.shape[2]
 
 
 def shrink_reference(x: torch.Tensor, shrinking: Shrinking | None) -> None:
     """`Shrinking` of x [M, K] in plain torch."""
     if shrinking is None:
         return
-    a, slots, shrunk = shrinking
+    a, slots, shrunk, _ = shrinking
     every = torch.einsum("mk,srk->msr", x.float(), a.float())
     own = slots[:, None] == torch.arange(1, len(a) + 1, device=slots.device)
     shrunk += torch.where(own[:, :, None], every, 0).flatten(1)
@@ -129,7 +133,7 @@ def expand_reference(
     """`Expanding` of sums [M, N] in plain torch; heights: of the parts of N."""
     if expanding is None:
         return
-    shrunk, b, slots, scales = expanding
+    shrunk, b, slots, scales, _ = expanding
     columns = [sum(heights[:part]) for part in range(len(heights) + 1)]
     every = shrunk.view(len(sums), len(b), -1)  # [M, S, parts * R]
     own = every[torch.arange(len(sums), device=slots.device), slots.clamp(min=1) - 1]

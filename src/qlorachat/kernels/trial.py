@@ -59,9 +59,9 @@ def try_products(like: torch.Tensor) -> None:
 def try_step(like: torch.Tensor) -> None:
     """What comes between the products of a fused step, attention apart."""
     make, width = _Inputs(like), 192
-    for rows, slots in ((3, 1), (3, 2), (20, 2)):  # one adapter of few rows has its own kernels
+    for rows, one in ((3, True), (3, False), (20, False)):  # each has kernels of its own
         x = like.new_zeros(tiled_shape(width, rows_padded(rows)), dtype=HALF)
-        shrinking = make.shrinking(rows, width, slots, 3 * _RANK)
+        shrinking = make.shrinking(rows, width, 3 * _RANK, one=one)
         residual, squares = make.normal(rows, width), make.ones(rows)
         normed = (make.normal(width), x, residual, squares, shrinking)
         ids = like.new_zeros(rows, dtype=torch.int64)
@@ -69,11 +69,11 @@ def try_step(like: torch.Tensor) -> None:
         _try("the first residual", *begin, ids, make.normal(1, width), *normed)
         sums = make.normal(rows, width).float()
         add = (decode_step.add_to_residual, decode_step.add_to_residual_reference)
-        lora = (make.expanding(rows, (width,), slots), shrinking)
+        lora = (make.expanding(rows, (width,), one=one), shrinking)
         _try("a residual", *add, sums, residual, normed[0], x, squares, *lora)
         sums = make.normal(rows, 2 * width).float()
         silu = (decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference)
-        expanding = make.expanding(rows, (width, width), slots)
+        expanding = make.expanding(rows, (width, width), one=one)
         _try("SwiGLU", *silu, sums, LateNorm(squares, 1, _EPS), x, expanding)
 
 
@@ -117,24 +117,26 @@ class _Inputs:
     def ones(self, rows: int) -> torch.Tensor:
         return self._like.new_ones(rows, dtype=torch.float32)
 
-    def slots(self, rows: int, count: int) -> torch.Tensor:
-        """No adapter, and each of some."""
-        own = [row % (count + 1) for row in range(rows)]
+    def slots(self, rows: int, one: bool) -> torch.Tensor:
+        """No adapter, and each of two; or no adapter and one."""
+        own = [2 * (row % 2) if one else row % 3 for row in range(rows)]
         return self._like.new_tensor(own, dtype=torch.int32)
 
     def matrices(self, ranks: int, heights: Sequence[int], columns: int) -> LoraMatrices:
         a = self.normal(len(heights) * ranks, columns) / columns**0.5
         return LoraMatrices(a, self.normal(sum(heights), ranks), ranks, 1.0)
 
-    def shrinking(self, rows: int, columns: int, count: int = 2, ranks: int = _RANK) -> Shrinking:
-        a = self.normal(count, ranks, columns) / columns**0.5
-        shrunk = self._like.new_zeros(rows, count * ranks, dtype=torch.float32)
-        return Shrinking(a, self.slots(rows, count), shrunk)
+    def shrinking(
+        self, rows: int, columns: int, ranks: int = _RANK, *, one: bool = False
+    ) -> Shrinking:
+        a = self.normal(2, ranks, columns) / columns**0.5
+        shrunk = self._like.new_zeros(rows, 2 * ranks, dtype=torch.float32)
+        return Shrinking(a, self.slots(rows, one), shrunk, one)
 
-    def expanding(self, rows: int, heights: Sequence[int], count: int = 2) -> Expanding:
-        shrunk = self.normal(rows, count * len(heights) * _RANK).float()
-        b = self.normal(count, sum(heights), _RANK)
-        return Expanding(shrunk, b, self.slots(rows, count), self.ones(rows))
+    def expanding(self, rows: int, heights: Sequence[int], *, one: bool = False) -> Expanding:
+        shrunk = self.normal(rows, 2 * len(heights) * _RANK).float()
+        b = self.normal(2, sum(heights), _RANK)
+        return Expanding(shrunk, b, self.slots(rows, one), self.ones(rows), one)
 
 
 def _try(

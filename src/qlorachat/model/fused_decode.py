@@ -202,7 +202,7 @@ class FusedDecode:
         if not rows.lora.active or rows.lora.slots is None:
             return None
         shrunk = space.shrunk(len(rows.ids), number)
-        return Shrinking(self._products[number].lora.a, rows.lora.slots, shrunk)
+        return Shrinking(self._products[number].lora.a, rows.lora.slots, shrunk, rows.lora.one)
 
     def _expanding(self, rows: Rows, space: _Workspace, number: int) -> Expanding | None:
         """B of the rows' adapters on a product, and A x."""
@@ -210,7 +210,7 @@ class FusedDecode:
         if not lora.active or lora.slots is None or lora.scales is None:
             return None
         shrunk = space.shrunk(len(rows.ids), number)
-        return Expanding(shrunk, self._products[number].lora.b, lora.slots, lora.scales)
+        return Expanding(shrunk, self._products[number].lora.b, lora.slots, lora.scales, lora.one)
 
     def _attend(
         self, sums: torch.Tensor, layer: int, rows: Rows, space: _Workspace, cache: KVCache

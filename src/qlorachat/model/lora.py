@@ -28,13 +28,15 @@ class LoraRows:
     """Which adapter each row of a step gets.
 
     On the host: `segments`, runs of rows with one adapter, for matrix products. On the device:
-    `slots` int32 (rows,) and `scales` float32 (rows,), for kernels that look a row's adapter up.
+    `slots` int32 (rows,) and `scales` float32 (rows,), for kernels that look a row's adapter up;
+    `one`: no two rows have different adapters.
     """
 
     active: bool  # whether any row has an adapter
     segments: Sequence[kernels.LoraSegment] = ()
     slots: torch.Tensor | None = None
     scales: torch.Tensor | None = None
+    one: bool = False
 
 
 class LoraProjection:
