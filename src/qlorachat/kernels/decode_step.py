@@ -34,7 +34,7 @@ _FEW = 16  # rows up to which a warp has one tile of columns, not two
 _COLUMNS = 16  # of a tile
 _PIECE_BYTES = 512  # of 16 ranks of a tile, PIECE in lora_between.cuh
 _LEAST = {1: (4, 8), 2: (2, 6)}  # of B and A, that are used at once: GROUPS there, by tiles
-# slots that rows may have, and ranks, of B and of A (q|k|v's), for which there are kernels
+# slots that rows may have, and ranks, of B and of A (q|k|v's) that have kernels of their own
 _ONE = ([(1, 16), (0, 0)], [(0, 0), (1, 48)], [(1, 16), (1, 48)])
 # bytes of shared memory for a block's pieces: what a product of so many padded rows leaves, beside
 # which a block then waits; of most rows nothing fits beside one
