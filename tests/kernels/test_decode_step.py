@@ -121,14 +121,19 @@ def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
     assert torch.equal(untile(x, 7, 64), silu_mul(gate_up.to(dtype)))
 
 
+KERNELS = {
+    f"{kernel}_{kind}"
+    for kernel in ("begin_residual", "add_to_residual", "silu_mul")
+    for kind in ("1_one", "1", "2")
+}
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_source_compiles(architecture: str) -> None:
     code = compiled("decode_step.cu", architecture)
     assert code.startswith(b"\x7fELF")
-    kernels = ("begin_residual", "add_to_residual", "silu_mul")
-    names = {f"{each}_{tiles}" for each in kernels for tiles in ("1_one", "1", "2")}
-    assert set(registers(code)) == names
+    assert set(registers(code)) == KERNELS
 
 
 BESIDE = [  # rows of a product, a kernel that waits beside it, warps of its that one scheduler has

@@ -89,7 +89,7 @@ class Runner:
             for start in range(0, len(decodes), most):
                 own = decodes[start : start + most]
                 sampled = self._decode(own)
-                if start + most < len(decodes):  # what follows may overwrite them
+                if start + most < len(decodes):  # a graph's next run overwrites them
                     sampled = replace(sampled, tokens=sampled.tokens.clone())
                 parts.append((own, sampled))
         if batch.prefills:

@@ -194,7 +194,7 @@ def _launch_config(
     early: bool,
     cluster: int,
 ) -> Any:
-    """Kept, for to make one takes longer than the launch."""
+    """Kept: nothing of it changes from one launch to the next."""
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z

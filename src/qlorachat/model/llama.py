@@ -56,7 +56,7 @@ class PagedLlama:
 
     @property
     def most_decode_rows(self) -> int | None:
-        """Above so many rows, two decode steps take less time than one; None: they never do."""
+        """Rows that the fused kernels take: more decode in several steps; None: in one, of any."""
         return MOST_ROWS if self._fused is not None else None
 
     def hidden(self, rows: Rows, cache: KVCache) -> torch.Tensor:
