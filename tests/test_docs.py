@@ -89,7 +89,7 @@ def test_the_readme_s_speeds_were_measured(name: str) -> None:
 def test_speeds_on_a_card_were_measured() -> None:
     text, record = (ROOT / "docs" / "performance.md").read_text("utf-8"), results("decode")
     rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| \S+ \| (.*) \|$", text, re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 7
     for batch, context, own in rows:
         case = f"engine, batch {batch}, context {context.replace(',', '')}"
         base, ours = (record[f"{case}, {who}, tokens/s"] for who in ("base", "one adapter"))

@@ -23,7 +23,6 @@ from qlorachat.kernels.tuned import tuned_blocks
 MOST_ROWS = 64  # above, it is better to write the weights out and multiply
 _TABLE_BYTES, _SCALES_BYTES = 65536, 1024  # of shared memory, TABLE and SCALES in the sources
 _UNIT_BLOCKS = 4  # blocks of 64 k in a unit, CHUNK in the sources
-_WEIGHT_STAGES = 3  # W_STAGES in Hopper's source
 
 
 class _Instance(NamedTuple):
@@ -131,7 +130,7 @@ def _instance(padded: int) -> _Instance:
 def _hopper_instance(padded: int) -> _Instance:
     """`Layout` in nf4_matmul_hopper.cu: three warpgroups for the product, one for all else."""
     rows = 3 * 64  # of the weight, in a unit
-    x_stages = 2 if padded == 64 else 3
+    weight_stages, x_stages = 3 if padded == 8 else 2, 3
     x_bytes = x_stages * (_UNIT_BLOCKS * padded * 128 + 16)
-    weight_bytes = _WEIGHT_STAGES * (rows * 128 + rows * _UNIT_BLOCKS + 16)
+    weight_bytes = weight_stages * (rows * 128 + rows * _UNIT_BLOCKS + 16)
     return _Instance(128 * (3 + 1), _TABLE_BYTES + x_bytes + weight_bytes)

@@ -8,9 +8,8 @@
 
 #include "nf4_matmul.cuh"
 
-constexpr int W_STAGES = 3; // of the weights' ring
-// Of these, filled before the wait: more would be in the way of the sums that the kernel before reads.
-template <int P> constexpr int EARLY = P == 8 ? 2 : W_STAGES;
+constexpr int EARLY = 2;    // units of weights that are asked for before the wait: more would be in the way of the sums
+                            // that the kernel before reads
 constexpr int HELPERS = 3;  // warps for the adapters
 constexpr int AHEAD = 3;    // units of the next product that a block brings to the L2
 
@@ -89,7 +88,8 @@ __device__ __forceinline__ void prefetch_box(const TensorMap* map, int byte, int
 // A block's dynamic shared memory; addresses and sizes in bytes.
 template <int P, int GROUPS> struct Layout {
   static constexpr int WARPS = GROUPS * 4, HEIGHT = GROUPS * 64;  // of the product
-  static constexpr int X_STAGES = P == 64 ? 2 : 3, X_BYTES = CHUNK * P * 128;
+  static constexpr int W_STAGES = P == 8 ? 3 : 2, X_STAGES = 3;  // of the rings
+  static constexpr int X_BYTES = CHUNK * P * 128;
   static constexpr int W_BYTES = HEIGHT * 128, SCALE_BYTES = HEIGHT * CHUNK;
   static constexpr u32 X = SHARED_BASE + TABLE, W = X + X_STAGES * X_BYTES, SCALES = W + W_STAGES * W_BYTES;
   static constexpr u32 BARRIERS = SCALES + W_STAGES * SCALE_BYTES;
@@ -119,7 +119,7 @@ template <int P, int GROUPS> struct Producer {
   const TensorMap* packed;
   const Matrix& m;
   const u8* x;
-  const Ring<W_STAGES>& weights;
+  const Ring<L::W_STAGES>& weights;
   const Ring<L::X_STAGES>& rows;
   const int items, steps;
   Walk walk;
@@ -127,7 +127,7 @@ template <int P, int GROUPS> struct Producer {
 
   __device__ __forceinline__ void fetch_weights(int step) {
     if (step >= steps) return;
-    const int row = walk.row_block * L::HEIGHT, stage = step % W_STAGES, scales = min(L::HEIGHT, m.rows - row) * CHUNK;
+    const int row = walk.row_block * L::HEIGHT, stage = step % L::W_STAGES, scales = min(L::HEIGHT, m.rows - row) * CHUNK;
     const u32 barrier = weights.announce(step, L::W_BYTES + scales);
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
@@ -157,8 +157,8 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
   let_next_start();
   const Share share(m.rows, m.columns, L::HEIGHT);
   const int items = share.items, begin = share.begin, steps = share.steps;
-  const Ring<W_STAGES> weights(L::BARRIERS);
-  const Ring<L::X_STAGES> rows(L::BARRIERS + W_STAGES * 16);
+  const Ring<L::W_STAGES> weights(L::BARRIERS);
+  const Ring<L::X_STAGES> rows(L::BARRIERS + L::W_STAGES * 16);
 
   if (warp >= L::WARPS) {
     move_registers<false, OTHERS>();
@@ -173,16 +173,16 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
       rows.begin(L::WARPS);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      for (int s = 0; s < EARLY<P>; s++) producer.fetch_weights(s);
+      for (int s = 0; s < EARLY; s++) producer.fetch_weights(s);
     }
     __syncthreads();
     if (lane == 0) {
       wait_for_previous();
       for (int s = 0; s < steps; s++) {
         producer.fetch_x(s);
-        for (int late = EARLY<P>; s == 0 && late < W_STAGES; late++) producer.fetch_weights(late);
-        producer.fetch_weights(s + W_STAGES);
-        if (P <= 16 && s == max(steps - W_STAGES, 0)) ahead.look<L::HEIGHT>();  // with more rows it gains nothing
+        for (int late = EARLY; s == 0 && late < L::W_STAGES; late++) producer.fetch_weights(late);
+        producer.fetch_weights(s + L::W_STAGES);
+        if (P <= 16 && s == max(steps - L::W_STAGES, 0)) ahead.look<L::HEIGHT>();  // with more rows it gains nothing
       }
     }
     return;
@@ -210,7 +210,7 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
   u32 absmax[2], next_absmax[2];
   auto take = [&](int step, u32 (&into)[2]) {
     weights.wait(step);
-    const int stage = step % W_STAGES;
+    const int stage = step % L::W_STAGES;
     const u32 at = stage * L::W_BYTES + own_bytes;
 #pragma unroll
     for (int j = 0; j < CHUNK; j++)
