@@ -2,10 +2,10 @@
 
     python bench/decode.py [--size 7b] [--rank 16]
 
-Random NF4 weights of the Llama-2-7B shape with an adapter on all linear layers. Logits of the two
-are compared first, then each row is timed by the wall clock, with scheduling, sampling and hand-out
-of tokens inside. Writes bench/results/decode.json, named further with keys and values in 8 bits
-and with what cards before Hopper run.
+Random NF4 weights of the Llama-2-7B or -13B shape with an adapter on all linear layers. Logits of
+the two are compared first, then each row is timed by the wall clock, with scheduling, sampling and
+hand-out of tokens inside. Writes bench/results/decode.json, named further for another size, with
+keys and values in 8 bits and with what cards before Hopper run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from as_ampere import as_ampere
 from qlorachat.adapters import Adapter
 from qlorachat.engine.backend import PagedBackend
 from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
-from random_model import adapter, build, opened, scaled
+from random_model import SHAPES, adapter, build, opened, scaled
 
 RESULTS = Path(__file__).parent / "results"
 ANSWER = 128  # tokens; the context is that of the middle of the answer
@@ -66,7 +66,7 @@ class Stream:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="7b")
+    parser.add_argument("--size", choices=list(SHAPES), default="7b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--kv-cache", choices=["auto", "int8"], default="auto")
@@ -80,7 +80,8 @@ def measure(arguments: argparse.Namespace) -> None:
     model = build(arguments.size, "cuda")
     one = adapter(model, rank=arguments.rank, seed=1)
     record: dict[str, Any] = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
-    record |= {"kv_cache": arguments.kv_cache, "as_ampere": arguments.as_ampere}
+    record |= {"size": arguments.size, "kv_cache": arguments.kv_cache}
+    record["as_ampere"] = arguments.as_ampere
     print(record, flush=True)
     reference = peer(model, one, record, timed=not arguments.no_peer)
     backend = PagedBackend(
@@ -111,6 +112,7 @@ def note(record: dict[str, Any], name: str, value: object) -> None:
     """Kept at once: a run that is cut short has what it measured."""
     record[name] = value
     file = "decode"
+    file += "" if record["size"] == "7b" else f"_{record['size']}"
     file += "" if record["kv_cache"] == "auto" else f"_{record['kv_cache']}"
     file += "_as_ampere" if record["as_ampere"] else ""
     text = json.dumps(record, indent=2) + "\n"

@@ -16,9 +16,10 @@ from qlorachat.tokens import SamplingParams
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2},
 }
-HEAD_DIM = {"7b": 128, "tiny": 64}
+HEAD_DIM = {"7b": 128, "13b": 128, "tiny": 64}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -126,6 +126,17 @@ def test_adapters_and_prompts_on_a_card_were_measured() -> None:
         assert f"| {batch}, {said} | {theirs:,} | {base:,} | **{ours:,}** |\n" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("perplexity_cuda", "H200, fused steps"), ("perplexity", "CPU, one thread")]
+)
+def test_perplexities_were_measured(name: str, said: str) -> None:
+    text, record = (ROOT / "docs" / "performance.md").read_text("utf-8"), results(name)
+    theirs = record["transformers is off by, %"]
+    (ours,) = record["PagedLlama is off by, %"].values()
+    row = f"| {said} | {record['perplexity']:.3f} | {theirs:.3f} % | **{ours:.3f} %**"
+    assert row.replace("-", "−") in text
+
+
 def test_times_of_products_were_measured() -> None:
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     columns = ("bitsandbytes", "mma", "mma with B", "wgmma", "wgmma with B")
