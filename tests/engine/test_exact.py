@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlorachat.adapters import Adapter, LoraSettings
 from qlorachat.engine.backend import PagedBackend
 from qlorachat.engine.batch import Batch, ScheduledRow
 from qlorachat.engine.runner import Runner
@@ -60,12 +62,15 @@ class Client:
 
 
 def ask(
-    backend: PagedBackend, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams
+    backend: PagedBackend,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: SamplingParams,
+    adapter: Adapter | None = None,
 ) -> list[list[int]]:
     """All at once."""
-    clients = [Client() for _ in prompts]
+    clients, sha256 = [Client() for _ in prompts], None if adapter is None else adapter.sha256
     for each, client in zip(prompts, clients, strict=True):
-        backend.submit(TokenRequest(next(_ids), each, sampling, frozenset()), client)
+        backend.submit(TokenRequest(next(_ids), each, sampling, frozenset(), sha256), client)
     assert all(client.ended.wait(120) for client in clients)
     return [client.tokens for client in clients]
 
@@ -179,4 +184,50 @@ def test_rows_share_out_steps_that_take_few(
     assert ask(backend, PROMPTS, SAMPLING[name]) == expected[name]
     assert max(taken) == 3
     assert sum(taken) >= sum(map(len, expected[name])) - len(PROMPTS)
+    backend.close()
+
+
+def make_adapter(rank: int) -> Adapter:
+    """Of the small model's value projections, its content hash is the rank."""
+    generator, tensors = torch.Generator().manual_seed(rank), {}
+    modules = tuple(f"model.layers.{layer}.self_attn.v_proj" for layer in range(2))
+    for module in modules:
+        for name, shape in {"lora_A": (rank, 64), "lora_B": (32, rank)}.items():
+            matrix = torch.randn(shape, generator=generator)
+            tensors[f"base_model.model.{module}.{name}.weight"] = matrix
+    settings = LoraSettings(
+        rank=rank, alpha=1.0, use_rslora=False, use_dora=False, fan_in_fan_out=False,
+        target_modules=modules, modules_to_save=(), rank_pattern={}, alpha_pattern={},
+        base_model_name_or_path=None, revision=None,
+    )  # fmt: skip
+    return Adapter(
+        path=Path("random"), sha256=str(rank), settings=settings,
+        peft_config=settings.peft_config(), tensors=tensors, card=None, warnings=(),
+    )  # fmt: skip
+
+
+def test_ranks_of_an_unloaded_adapter_are_given_up() -> None:
+    backend = PagedBackend(open_small())
+    stacks, greedy = backend._runner._model.adapters, SAMPLING["greedy"]
+    small, large, again = make_adapter(4), make_adapter(40), make_adapter(20)
+    base = ask(backend, PROMPTS, greedy)
+    backend.load_adapter(small)
+    answers = ask(backend, PROMPTS, greedy, small)
+    assert answers != base
+    assert stacks.rank == 16
+    backend.load_adapter(large)
+    assert ask(backend, PROMPTS, greedy, large) not in (base, answers)
+    assert stacks.rank == 48
+    assert ask(backend, PROMPTS, greedy, small) == answers
+    backend.unload_adapter(large.sha256)
+    assert stacks.rank == 16
+    assert ask(backend, PROMPTS, greedy, small) == answers
+    backend.unload_adapter(small.sha256)
+    assert stacks.rank == 0
+    assert ask(backend, PROMPTS, greedy) == base
+    backend.load_adapter(again)
+    backend.load_adapter(small)
+    assert ask(backend, PROMPTS, greedy, small) == answers
+    assert ask(backend, PROMPTS, greedy, again) not in (base, answers)
+    assert stacks.rank == 32
     backend.close()

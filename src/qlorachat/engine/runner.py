@@ -102,10 +102,18 @@ class Runner:
         rows = [row for rows, _ in parts for row in rows]
         return Launched(batch, rows, [part for _, part in parts], ready, host, scores)
 
+    @torch.inference_mode()
     def forget(self, sha256: str) -> None:
-        """An adapter was unloaded; its slot holds nothing that may be used."""
+        """An adapter was unloaded; its slot holds nothing that may be used.
+
+        Ranks that no other has are given up: every row is multiplied with as many as there are.
+        """
         self.adapters.pop(sha256, None)
         self._in_slot = {slot: held for slot, held in self._in_slot.items() if held != sha256}
+        stacks = self._model.adapters
+        most = max((each.largest_rank for each in self.adapters.values()), default=0)
+        if most < stacks.rank:
+            self._make_room(stacks.slots, most)
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> Sampled:
         sampled = self._sampler(logits, rows)
@@ -204,17 +212,18 @@ class Runner:
         if sha256 is None or self._in_slot.get(row.slot) == sha256:
             return
         adapter, stacks = self.adapters[sha256], self._model.adapters
-        if row.slot > stacks.slots or adapter.largest_rank > stacks.rank:
-            stacks.allocate(max(row.slot, stacks.slots), max(adapter.largest_rank, stacks.rank))
-            if self._graphs is not None:
-                self._graphs.clear()
-            self._rewrite(stacks.write)
+        self._make_room(max(row.slot, stacks.slots), max(adapter.largest_rank, stacks.rank))
         stacks.write(row.slot, adapter)
         self._in_slot[row.slot] = sha256
 
-    def _rewrite(self, write: Callable[[int, Adapter], None]) -> None:
+    def _make_room(self, slots: int, rank: int) -> None:
+        """For so many adapters of so many ranks; those that are in slots are so again."""
+        if not self._model.adapters.allocate(slots, rank):
+            return
+        if self._graphs is not None:
+            self._graphs.clear()
         for slot, held in self._in_slot.items():
-            write(slot, self.adapters[held])
+            self._model.adapters.write(slot, self.adapters[held])
 
     def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
         return to_device(torch.tensor(values, dtype=dtype), self._device)

@@ -139,11 +139,14 @@ class AdapterStacks:
     def layer(self, index: int) -> LoraLayer:
         return self._layers[index]
 
-    def allocate(self, slots: int, rank: int) -> None:
-        """Make room; every adapter has to be written again."""
-        self.slots, self.rank = _rounded(slots, rank)
+    def allocate(self, slots: int, rank: int) -> bool:
+        """Room for so much and no more; whether every adapter has to be written again."""
+        if (self.slots, self.rank) == (wanted := _rounded(slots, rank)):
+            return False
+        self.slots, self.rank = wanted
         for projection in self._projections():
             projection.allocate(self.slots, self.rank, self._dtype, self._device)
+        return True
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Copy an adapter into a slot."""
