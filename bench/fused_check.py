@@ -37,9 +37,12 @@ NAN, UNTOUCHED = float("nan"), 7.0
 ROWS = (1, 2, 3, 8, 9, 16, 20, 32, 47, 64)
 RANKS = (None, 16, 48, 64, 192, 512)
 SLOTS = 4
-ADAPTERS = (  # whether rows have one alone, ranks of what is added and of the next product
-    *((False, *ranks) for ranks in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True)),
-    *((True, *ranks) for ranks in ((16, None), (None, 48), (16, 48))),  # have their own kernels
+# whether rows have one alone, ranks of what is added and of the next product's three parts, and how
+# many more each of these holds
+ADAPTERS = (
+    *((False, *ranks, 0) for ranks in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True)),
+    *((True, *ranks, 0) for ranks in ((16, None), (None, 48), (16, 48))),  # have their own kernels
+    *((True, 16, 48, 48), (False, 16, 48, 48), (False, 64, 192, 16)),
 )
 SPLITS = (None, 1, 2, 4, 8)
 EPS, HIDDEN = 1e-5, 100
@@ -69,23 +72,32 @@ def stacked(rows: int, one: bool, *shape: int) -> tuple[torch.Tensor, torch.Tens
     return weights, slots.cuda()
 
 
-def shrinking(rows: int, columns: int, rank: int | None, one: bool = False) -> Shrinking | None:
+def shrinking(
+    rows: int, columns: int, rank: int | None, one: bool = False, more: int = 0
+) -> Shrinking | None:
+    """A is NaN where nothing may look."""
     if rank is None:
         return None
-    a, slots = stacked(rows, one, rank, columns)
-    return Shrinking(a, slots, torch.randn(rows, SLOTS * rank, device="cuda"), one)
+    parts = 3 if more else 1
+    a, slots = stacked(rows, one, parts, rank // parts + more, columns)
+    a[:, :, rank // parts :] = NAN
+    shrunk = torch.randn(rows, a[..., 0].numel(), device="cuda")
+    return Shrinking(a.flatten(1, 2), slots, shrunk, one, parts, rank // parts if more else None)
 
 
 def expanding(
-    rows: int, width: int, parts: int, rank: int | None, one: bool = False
+    rows: int, width: int, parts: int, rank: int | None, one: bool = False, more: int = 0
 ) -> Expanding | None:
-    """A x is NaN but for each row's own slot."""
+    """A x and B are NaN where nothing may look, A x but for each row's own slot."""
     if rank is None:
         return None
-    b, slots = stacked(rows, one, parts * width, rank)
-    shrunk = torch.randn(rows, SLOTS, parts * rank, device="cuda")
+    b, slots = stacked(rows, one, parts * width, rank + more)
+    shrunk = torch.randn(rows, SLOTS, parts, rank + more, device="cuda")
     shrunk[slots[:, None] != torch.arange(1, SLOTS + 1, device="cuda")] = NAN
-    return Expanding(shrunk.flatten(1), b, slots, 2 * torch.rand(rows, device="cuda"), one)
+    for each in (b, shrunk):
+        each[..., rank:] = NAN
+    scales, ranks = 2 * torch.rand(rows, device="cuda"), rank if more else None
+    return Expanding(shrunk.flatten(1), b, slots, scales, one, ranks)
 
 
 def tiled(rows: int, columns: int) -> torch.Tensor:
@@ -98,11 +110,13 @@ def step_cases() -> Iterator[Case]:
         for width in (64, 576, 4096):
             h, weight, squares = half(rows, width), half(width), torch.rand(rows, device="cuda")
             ids = torch.randint(0, 50, (rows,), device="cuda")
-            for one, rank, next_rank in ADAPTERS:
-                adapters = shrinking(rows, width, next_rank, one)
-                added = expanding(rows, width, 1, rank, one)
+            for one, rank, next_rank, more in ADAPTERS:
+                adapters = shrinking(rows, width, next_rank, one, more)
+                added = expanding(rows, width, 1, rank, one, more)
+                swiglu = expanding(rows, width, 2, rank, one, more)
                 normed = (weight, tiled(rows, width))
                 said = f"{rows} rows of {width}, {'one adapter' if one else 'several'}"
+                said += f" with {more} more" if more else ""
                 heading = f"{said}, rank {rank}"
                 yield (
                     f"begin_residual, {said}, rank {next_rank}",
@@ -122,7 +136,7 @@ def step_cases() -> Iterator[Case]:
                 yield (
                     f"silu_mul_sums, {heading}",
                     *(decode_step.silu_mul_sums, decode_step.silu_mul_sums_reference),
-                    (*product(rows, 2 * width), normed[1], expanding(rows, width, 2, rank, one)),
+                    (*product(rows, 2 * width), normed[1], swiglu),
                 )
 
 

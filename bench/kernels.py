@@ -193,7 +193,7 @@ def random_adapters(weight: nf4.Nf4Matrix, rows: int, slots: int) -> Expanding:
 
 def expanded(expanding: Expanding, heights: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """scale * B (A x) and scale * |B| |A x| in float64."""
-    shrunk, b, slots, scales, _ = expanding
+    shrunk, b, slots, scales = expanding[:4]
     every = shrunk.double().view(len(slots), len(b), len(heights), -1)
     added = torch.zeros(2, len(slots), b.shape[1], dtype=torch.float64, device="cuda")
     for row, slot in enumerate(slots.tolist()):

@@ -6,23 +6,29 @@ from qlorachat.engine.backend import PagedBackend
 from qlorachat.engine.batch import ScheduledRow
 from qlorachat.engine.graphs import DecodeGraphs
 from qlorachat.tokens import SamplingParams, TokenRequest
-from tests.engine.test_exact import open_small
+from tests.engine.test_exact import make_adapter, open_small
 
 REQUEST = TokenRequest(1, (5,), SamplingParams(), frozenset())
 
 
 @pytest.mark.parametrize(
-    ("slots", "adapters"), [((0,), 0), ((3, 0, 3), 1), ((1, 2), 2), ((0, 1, 2, 3), 2)]
+    ("slots", "adapters", "ranks"),
+    [((0,), 0, 0), ((3, 0, 3), 1, 16), ((1, 2), 2, 48), ((0, 1, 3), 2, 32), ((2,), 1, 48)],
 )
-def test_adapters_of_the_rows(slots: tuple[int, ...], adapters: int) -> None:
-    """Kernels of one adapter know no second: more than one is another graph."""
+def test_adapters_of_the_rows(slots: tuple[int, ...], adapters: int, ranks: int) -> None:
+    """Kernels of one adapter know no second, and no more ranks than rows have: others are other
+    graphs."""
     backend = PagedBackend(open_small())
     runner = backend._runner
+    stacks = runner._model.adapters
+    stacks.allocate(3, 48)
+    for slot, rank in enumerate((20, 40, 4), start=1):
+        stacks.write(slot, make_adapter(rank))
     graphs = DecodeGraphs(runner._model, runner._cache, runner._last, 16)
     rows = [
         ScheduledRow(REQUEST, row, slot, 4, None, (row,), True) for row, slot in enumerate(slots)
     ]
     shape = graphs._shape(rows)
-    assert shape.adapters == adapters
+    assert (shape.adapters, shape.ranks) == (adapters, ranks)
     assert shape.size >= len(rows)
     backend.close()

@@ -62,29 +62,39 @@ def make_shrinking(
     count: int = SLOTS,
     *,
     one: bool = False,
+    more: int = 0,
 ) -> Shrinking | None:
-    """A of slots that no row has is NaN; without `rank` there are no adapters."""
+    """A of slots that no row has is NaN; without `rank` there are no adapters.
+
+    more: ranks that each of three parts holds beyond those that rows have, in NaN.
+    """
     if rank is None:
         return None
     slots = make_slots(rows, count, one)
-    a = (torch.randn(count, rank, columns) / columns**0.5).to(dtype)
+    parts = 3 if more else 1
+    a = (torch.randn(count, parts, rank // parts + more, columns) / columns**0.5).to(dtype)
+    a[:, :, rank // parts :] = POISON
     poison_unused(a, slots)
-    return Shrinking(a, slots, apart(earlier_shrunk(rows, count * rank)), one)
+    a = a.flatten(1, 2)
+    shrunk = apart(earlier_shrunk(rows, count * a.shape[1]))
+    return Shrinking(a, slots, shrunk, one, parts, rank // parts if more else None)
 
 
 def assert_shrunk(shrinking: Shrinking | None, x: torch.Tensor) -> None:
     """A x of a tiled x was added to what `make_shrinking` left, for each row's own slot alone."""
     if shrinking is None:
         return
-    a, slots, shrunk, _ = shrinking
-    expected = earlier_shrunk(*shrunk.shape).double().view(len(slots), len(a), -1)
+    a, slots, shrunk = shrinking[:3]
+    shape = (len(slots), len(a), shrinking.parts, -1)
+    expected = earlier_shrunk(*shrunk.shape).double().view(shape)
     sizes = torch.zeros_like(expected)
-    plain = untile(x, len(slots), a.shape[2]).double()
+    plain, ranks = untile(x, len(slots), a.shape[2]).double(), slice(shrinking.own_ranks)
     for row, slot in enumerate(slots.tolist()):
         if slot:
-            own = a[slot - 1].double()
-            sizes[row, slot - 1] = expected[row, slot - 1].abs() + own.abs() @ plain[row].abs()
-            expected[row, slot - 1] += own @ plain[row]
+            own = a[slot - 1].double().unflatten(0, (shrinking.parts, -1))[:, ranks]
+            before = expected[row, slot - 1, :, ranks]
+            sizes[row, slot - 1, :, ranks] = before.abs() + own.abs() @ plain[row].abs()
+            before += own @ plain[row]
     error = (shrunk.double() - expected.flatten(1)).abs()
     assert bool((error <= SUMMED * sizes.flatten(1)).all())
 
@@ -97,6 +107,8 @@ def assert_adapters(
         if isinstance(own, Shrinking) and name == "shrunk":
             assert x is not None
             assert_shrunk(own, x)
+        elif not isinstance(new, torch.Tensor):
+            assert new == old
         else:
             torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 
@@ -121,16 +133,23 @@ def make_expanding(
     count: int = SLOTS,
     *,
     one: bool = False,
+    more: int = 0,
 ) -> Expanding | None:
-    """A x is NaN but for each row's own slot, B for slots that no row has."""
+    """A x is NaN but for each row's own slot, B for slots that no row has.
+
+    more: ranks beyond those that rows have, in NaN.
+    """
     if rank is None:
         return None
     slots = make_slots(rows, count, one)
-    shrunk = torch.randn(rows, count, len(heights) * rank)
+    shrunk = torch.randn(rows, count, len(heights), rank + more)
     shrunk[slots[:, None] != torch.arange(1, count + 1)] = POISON
-    b = torch.randn(count, sum(heights), rank).to(dtype)
+    b = torch.randn(count, sum(heights), rank + more).to(dtype)
+    for each in (shrunk, b):
+        each[..., rank:] = POISON
     poison_unused(b, slots)
-    return Expanding(apart(shrunk.flatten(1)), b, slots, torch.rand(rows) * 2, one)
+    scales, ranks = torch.rand(rows) * 2, rank if more else None
+    return Expanding(apart(shrunk.flatten(1)), b, slots, scales, one, ranks)
 
 
 def make_exact_expanding(dtype: torch.dtype, rows: int, heights: tuple[int, ...]) -> Expanding:
@@ -171,12 +190,13 @@ def expanded(
     """scale * B (A x) and scale * |B| |A x| in float64, row by row and part by part."""
     if expanding is None:
         return 0.0, 0.0
-    shrunk, b, slots, scales, _ = expanding
-    every = shrunk.double().view(len(slots), len(b), len(heights), -1)
+    shrunk, b, slots, scales = expanding[:4]
+    ranks = slice(expanding.own_ranks)
+    every = shrunk.double().view(len(slots), len(b), len(heights), -1)[..., ranks]
     added = torch.zeros(2, len(slots), b.shape[1], dtype=torch.float64)
     for row, slot in enumerate(slots.tolist()):
         if slot:
-            own = b[slot - 1].double().split(heights)
+            own = b[slot - 1, :, ranks].double().split(heights)
             pairs = zip(own, every[row, slot - 1], strict=True)
             parts = [torch.stack((part @ x, part.abs() @ x.abs())) for part, x in pairs]
             added[:, row] = scales[row].double() * torch.cat(parts, 1)

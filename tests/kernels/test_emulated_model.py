@@ -39,14 +39,15 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def test_a_step(
     slots: tuple[int, ...], in_8_bits: bool, card: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of adapters of 20 ranks, but for that of three rows: 16, which has its own kernels."""
+    """Of adapters of 20 ranks, but for that of three rows: 16, for which there are kernels."""
     monkeypatch.setattr(fusion, "why_not", lambda parts: None)
     only = slots == (2, 0, 2)
-    model = PagedLlama(quantized_model(HALF), stacks(2, HALF, 16 if only else 20))
+    used = 16 if only else None
+    model = PagedLlama(quantized_model(HALF), stacks(2, HALF, used=used))
     rest = ((model._cos, model._sin), model._epsilon)
     reference = FusedDecode(model._layers, model._embedding, *rest)
     fused = FusedDecode(model._layers, model._embedding.as_subclass(OnCard), *rest)
-    rows = decode_rows(slots, active=any(slots))
+    rows = decode_rows(slots, active=any(slots), ranks=used)
     theirs, ours, near = cache(HALF), cache(HALF), NEAR
     if in_8_bits:
         for own in (theirs, ours):

@@ -124,14 +124,20 @@ def check_adapters(run: Sequence[Any], given: Sequence[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "one"), [*((rank, False) for rank in (None, 16, 48, 64, 112, 192)), (48, True)]
+    ("rank", "one", "more"),
+    [
+        *((rank, False, 0) for rank in (None, 16, 48, 64, 112, 192)),
+        *((48, True, 0), (48, True, 48), (96, False, 16)),
+    ],
 )
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 320), (9, 576), (64, 192)])
-def test_begin_residual(card: Emulator, rows: int, width: int, rank: int | None, one: bool) -> None:
+def test_begin_residual(
+    card: Emulator, rows: int, width: int, rank: int | None, one: bool, more: int
+) -> None:
     torch.manual_seed(rows)
     x = make_tiled(HALF, width, rows_padded(rows))
     given = (torch.randint(0, 9, (rows,)), half(9, width), half(width), x)
-    shrinking = make_shrinking(HALF, rows, width, rank, one=one)
+    shrinking = make_shrinking(HALF, rows, width, rank, one=one, more=more)
     arguments = (*given, half(rows, width) * POISON, torch.rand(rows), shrinking)
     check(card, begin_residual, begin_residual_reference, *arguments)
 
@@ -142,22 +148,29 @@ RANKS = [  # of the adapters that are added, and of the next product's
     *((16, None), (48, None), (80, None), (192, None)),
     *((16, 192), (48, 48), (80, 16), (192, 112)),
 ]
-ADAPTERS = [  # whether rows have one alone, which has kernels of its own if it has 16 ranks
-    *((False, *ranks) for ranks in RANKS),
-    *((True, *ranks) for ranks in ((None, 48), (16, None), (16, 48), (32, 48))),
+ADAPTERS = [  # whether rows have one alone, which has kernels of its own if it has 16 ranks; more
+    *((False, *ranks, 0) for ranks in RANKS),
+    *((True, *ranks, 0) for ranks in ((None, 48), (16, None), (16, 48), (32, 48))),
+    *((True, 16, 48, 48), (False, 16, 48, 32), (False, 80, 192, 16)),
 ]
 
 
-@pytest.mark.parametrize(("one", "rank", "next_rank"), ADAPTERS)
+@pytest.mark.parametrize(("one", "rank", "next_rank", "more"), ADAPTERS)
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
 def test_add_to_residual(
-    card: Emulator, rows: int, width: int, one: bool, rank: int | None, next_rank: int | None
+    card: Emulator,
+    rows: int,
+    width: int,
+    one: bool,
+    rank: int | None,
+    next_rank: int | None,
+    more: int,
 ) -> None:
     sums, _ = make_sums(rows, width)
     x = make_tiled(HALF, width, rows_padded(rows))
     adapters = (
-        make_expanding(HALF, rows, (width,), rank, one=one),
-        make_shrinking(HALF, rows, width, next_rank, one=one),
+        make_expanding(HALF, rows, (width,), rank, one=one, more=more),
+        make_shrinking(HALF, rows, width, next_rank, one=one, more=more),
     )
     check(
         *(card, add_to_residual, add_to_residual_reference),
@@ -174,13 +187,19 @@ def test_the_last_add_to_residual(card: Emulator, rank: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "one"), [*((rank, False) for rank in (None, 16, 48, 80, 192)), (16, True)]
+    ("rank", "one", "more"),
+    [
+        *((rank, False, 0) for rank in (None, 16, 48, 80, 192)),
+        *((16, True, 0), (16, True, 48), (48, False, 16)),
+    ],
 )
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)
-def test_silu_mul(card: Emulator, rows: int, width: int, rank: int | None, one: bool) -> None:
+def test_silu_mul(
+    card: Emulator, rows: int, width: int, rank: int | None, one: bool, more: int
+) -> None:
     sums, squares = make_sums(rows, 2 * width)
     x = make_tiled(HALF, width, rows_padded(rows))
-    expanding = make_expanding(HALF, rows, (width, width), rank, one=one)
+    expanding = make_expanding(HALF, rows, (width, width), rank, one=one, more=more)
     check(
         *(card, silu_mul_sums, silu_mul_sums_reference),
         *(sums, LateNorm(squares, HIDDEN, EPS), x, expanding),

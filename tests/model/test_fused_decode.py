@@ -10,6 +10,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlorachat.kernels.decode_lora import Expanding
+from qlorachat.kernels.decode_step import silu_mul_sums
 from qlorachat.kernels.eight_bits import INT8
 from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled
 from qlorachat.kernels.tiles import untile
@@ -49,8 +51,11 @@ def quantized(weight: torch.Tensor) -> Linear4bit:
     return layer
 
 
-def stacks(slots: int, dtype: torch.dtype = torch.float32, rank: int = 20) -> AdapterStacks:
-    """Random adapters in every slot; the same ones whenever it is called."""
+def stacks(
+    slots: int, dtype: torch.dtype = torch.float32, rank: int = 20, used: int | None = None
+) -> AdapterStacks:
+    """Random adapters in every slot; the same ones whenever it is called. used: of their ranks
+    the first ones, if the others are zero."""
     width = HIDDEN // HEADS
     shapes = {
         f"model.layers.{layer}.{module}": shape
@@ -72,6 +77,9 @@ def stacks(slots: int, dtype: torch.dtype = torch.float32, rank: int = 20) -> Ad
         for projection in own.layer(index).projections:
             projection.a.normal_(std=0.1)
             projection.b.normal_(std=0.1)
+            if used is not None:
+                projection.a.unflatten(1, (len(projection.modules), -1))[:, :, used:] = 0
+                projection.b[:, :, used:] = 0
     return own
 
 
@@ -91,7 +99,7 @@ def cache(dtype: torch.dtype = torch.float32) -> KVCache:
     return own
 
 
-def decode_rows(slots: Sequence[int], *, active: bool) -> Rows:
+def decode_rows(slots: Sequence[int], *, active: bool, ranks: int | None = None) -> Rows:
     """Row i is at position 5 i of blocks of its own; the last row is padding."""
     count = len(slots)
     positions = torch.arange(count, dtype=torch.int32) * 5
@@ -109,6 +117,7 @@ def decode_rows(slots: Sequence[int], *, active: bool) -> Rows:
             slots=torch.tensor(slots, dtype=torch.int32),
             scales=torch.linspace(0.5, 1.5, count),
             one=len({*slots} - {0}) == 1,
+            ranks=ranks,
         ),
     )
 
@@ -150,6 +159,29 @@ def test_the_fused_step_is_the_plain_one(
     torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
     assert len(model._fused._workspaces) == 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("slots", [(1, 0), (2, 1, 0, 2)])
+def test_ranks_that_no_row_has_are_left_out(
+    slots: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "why_not", lambda parts: None)
+    model = PagedLlama(quantized_model(), stacks(2, rank=48, used=16))
+    rows = decode_rows(slots, active=True, ranks=16)
+    expected = model.hidden(rows, cache())
+    monkeypatch.setattr(fused_decode, "silu_mul_sums", poisoned)
+    model._fused = fuse(model)
+    actual = model.hidden(rows, cache())
+    torch.testing.assert_close(actual[:-1], expected[:-1], rtol=1e-4, atol=1e-4)
+
+
+def poisoned(sums: Any, norm: Any, x: Any, expanding: Expanding) -> None:
+    """With NaN where SwiGLU has no need to look."""
+    b = expanding.b.clone()
+    b[:, :, expanding.own_ranks :] = torch.nan
+    assert b.isnan().any()
+    silu_mul_sums(sums, norm, x, expanding._replace(b=b))
 
 
 @torch.inference_mode()

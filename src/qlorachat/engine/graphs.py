@@ -22,6 +22,7 @@ class _Shape(NamedTuple):
     size: int  # rows
     width: int  # blocks of a block table: how far attention may reach decides how it is split
     adapters: int  # that rows have: 0, 1 or, for more, 2
+    ranks: int  # the most that one of these has
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,12 @@ class DecodeGraphs:
 
     def _shape(self, rows: Sequence[ScheduledRow]) -> _Shape:
         longest = max(len(row.block_table) for row in rows)
+        slots = {row.slot for row in rows if row.slot}
         return _Shape(
             size=next(size for size in SIZES if size >= len(rows)),
             width=min(max(LEAST_WIDTH, 1 << (longest - 1).bit_length()), self._blocks),
-            adapters=min(2, len({row.slot for row in rows if row.slot})),
+            adapters=min(2, len(slots)),
+            ranks=self._model.adapters.most_ranks(slots),
         )
 
     def _write(self, rows: Sequence[ScheduledRow], shape: _Shape) -> None:
@@ -102,7 +105,7 @@ class DecodeGraphs:
         return self._inputs[: COLUMNS * shape.size].view(COLUMNS, shape.size)
 
     def _step(self, shape: _Shape) -> torch.Tensor:
-        size, width, adapters = shape
+        size, width, adapters, ranks = shape
         columns = self._columns(shape)
         tables = self._inputs[COLUMNS * size :][: size * width].view(size, width)
         rows = Rows(
@@ -115,6 +118,7 @@ class DecodeGraphs:
                 slots=columns[4],
                 scales=columns[5].view(torch.float32),
                 one=adapters == 1,
+                ranks=ranks,
             ),
         )
         return self._model.logits(self._model.hidden(rows, self._cache))

@@ -180,18 +180,20 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
 #define RESIDUAL(NAME, TILES, ONE)                                                                                     \
   KERNEL begin_residual_##NAME(const long long* ids, const u16* embedding, const u16* weight, u16* x, u16* residual,   \
                                float* squares, const u16* lora_a, const int* lora_slots, float* shrunk, int stride,    \
-                               int ranks, int a_room, int rows, int width, int padded) {                               \
+                               int held, int ranks, int own_ranks, int gap, int a_room, int rows, int width,           \
+                               int padded) {                                                                           \
     begin_residual<TILES, ONE>(ids, embedding, {residual, weight, x, squares, rows, width, padded},                    \
-                               {lora_a, lora_slots, shrunk, stride, ranks}, a_room);                                   \
+                               {lora_a, lora_slots, shrunk, stride, held, {ranks, own_ranks, gap}}, a_room);           \
   }                                                                                                                    \
   KERNEL add_to_residual_##NAME(                                                                                       \
       float* sums, u16* residual, const u16* weight, u16* x, float* squares, const float* lora_shrunk,                 \
-      const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride, int ranks, int b_room,           \
-      const u16* lora_a, const int* next_lora_slots, float* shrunk, int next_stride, int next_ranks, int a_room,       \
-      int rows, int width, int padded) {                                                                               \
+      const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride, int held, int ranks, int b_room, \
+      const u16* lora_a, const int* next_lora_slots, float* shrunk, int next_stride, int next_held, int next_ranks,    \
+      int own_ranks, int gap, int a_room, int rows, int width, int padded) {                                           \
     add_to_residual<TILES, ONE>(sums, {residual, weight, x, squares, rows, width, padded},                             \
-                                {lora_shrunk, lora_b, lora_slots, lora_scales, stride, ranks}, b_room,                 \
-                                {lora_a, next_lora_slots, shrunk, next_stride, next_ranks}, a_room);                   \
+                                {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, b_room,           \
+                                {lora_a, next_lora_slots, shrunk, next_stride, next_held, {next_ranks, own_ranks, gap}},\
+                                a_room);                                                                               \
   }
 RESIDUAL(1_one, 1, true)
 RESIDUAL(1, 1, false)
@@ -202,9 +204,9 @@ RESIDUAL(2, 2, false)
 #define SWIGLU(NAME, TILES, ONE, WARPS, REGISTERS)                                                                     \
   extern "C" __global__ void __maxnreg__(REGISTERS)                                                                    \
   silu_mul_##NAME(float* sums, const float* squares, u16* x, const float* lora_shrunk, const u16* lora_b,              \
-                  const int* lora_slots, const float* lora_scales, int stride, int ranks, int b_room, int width,       \
-                  float share, float eps, int rows, int padded) {                                                      \
-    silu_mul<TILES, WARPS, ONE>(sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, stride, ranks},       \
+                  const int* lora_slots, const float* lora_scales, int stride, int held, int ranks, int b_room,        \
+                  int width, float share, float eps, int rows, int padded) {                                           \
+    silu_mul<TILES, WARPS, ONE>(sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, \
                                 b_room, width, share, eps, rows, padded);                                              \
   }
 SWIGLU(1_one, 1, true, 7, 96)

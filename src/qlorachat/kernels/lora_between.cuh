@@ -97,12 +97,12 @@ struct Held {
 template <int TILES, int PARTS> struct SourceB {
   static constexpr int BYTES = TILES * PARTS * PIECE;
   const u16* from;  // of this lane's column and half of 16 ranks
-  int width, ranks, place;
+  int width, held, ranks, place;
 
   __device__ __forceinline__ SourceB(const Expanding& adapters, int width, int first_column)
-      : width(width), ranks(adapters.ranks) {
+      : width(width), held(adapters.held), ranks(adapters.ranks) {
     const int lane = threadIdx.x & 31, column = lane >> 1, half = lane & 1;
-    from = adapters.b + static_cast<u64>(first_column + column) * ranks + 8 * half;
+    from = adapters.b + static_cast<u64>(first_column + column) * held + 8 * half;
     place = (column >> 1 & 1) * 256 + ((column >> 2) * 2 + (column & 1)) * 32 + half * 16;
   }
   template <class Take> __device__ __forceinline__ void each(int slot, int rank, Take take) const {
@@ -111,7 +111,7 @@ template <int TILES, int PARTS> struct SourceB {
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
         take(part * TILES + tile,
-             from + ((static_cast<u64>(slot - 1) * PARTS + part) * width + tile * COLUMNS) * ranks + rank);
+             from + ((static_cast<u64>(slot - 1) * PARTS + part) * width + tile * COLUMNS) * held + rank);
   }
   __device__ __forceinline__ void copy(u32 to, int slot, int rank) const {
     each(slot, rank, [&](int i, const u16* at) { ::copy<16>(to + i * PIECE + place, at); });
@@ -125,16 +125,17 @@ template <int TILES, int PARTS> struct SourceB {
 template <int TILES> struct SourceA {
   static constexpr int BYTES = TILES * PIECE;
   const u16* from;  // of this lane's rank of 16 and half of the columns
-  int columns, ranks;
+  const Ranks own;
+  int columns, held, ranks;
   bool inside;
 
   __device__ __forceinline__ SourceA(const Shrinking& adapters, int columns, int first_column)
-      : columns(columns), ranks(adapters.ranks), inside(first_column < columns) {
+      : own(adapters.ranks), columns(columns), held(adapters.held), ranks(own.count), inside(first_column < columns) {
     const int lane = threadIdx.x & 31;
     from = adapters.a + static_cast<u64>(lane >> 1) * columns + (inside ? first_column : 0) + 8 * (lane & 1);
   }
   __device__ __forceinline__ const u16* find(int slot, int rank) const {
-    return from + (static_cast<u64>(slot - 1) * ranks + rank) * columns;
+    return from + (static_cast<u64>(slot - 1) * held + own.find(rank)) * columns;
   }
   __device__ __forceinline__ void copy(u32 to, int slot, int rank) const {
 #pragma unroll
@@ -167,7 +168,7 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
     held.fetch(source, mine, turn, true);
     scale = mine ? __ldg(adapters.scales + at.row) : 0.f;
     from = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride +
-                max(mine - 1, 0) * PARTS * adapters.ranks + 4 * (at.lane & 3));
+                max(mine - 1, 0) * PARTS * adapters.held + 4 * (at.lane & 3));
   }
   __device__ __forceinline__ void read() {
     const int count = turn.pieces(adapters.ranks);
@@ -190,7 +191,7 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
       for (int part = 0; part < PARTS; part++) {
         x[g][part] = make_float4(0.f, 0.f, 0.f, 0.f);
         if (mine && (ONE || turn.first + 16 * g < adapters.ranks))
-          x[g][part] = __ldca(reinterpret_cast<const float4*>(from + part * adapters.ranks + turn.first + 16 * g));
+          x[g][part] = __ldca(reinterpret_cast<const float4*>(from + part * adapters.held + turn.first + 16 * g));
       }
   }
   __device__ __forceinline__ void split(const float4 (&x)[GROUPS][PARTS]) {
@@ -294,14 +295,14 @@ template <int TILES, bool ONE> struct Shrink {
     __shared__ Sums sums;
     of_warp = sums.of[0][at.warp] + (at.lane >> 2) * 16 + (at.lane & 3) * 2;
     of_all = sums.of[at.warp][0] + at.lane * 4;
-    to = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + 16 * at.warp + (at.lane & 3) * 4);
+    to = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + (ONE ? adapters.ranks.find(16 * at.warp) : 0) + (at.lane & 3) * 4);
   }
   // A of the first turn.
   __device__ __forceinline__ void begin() {
     if (turn.slot) take();
   }
   __device__ __forceinline__ void take() {
-    pieces = held.take(turn.pieces(adapters.ranks), source.BYTES);
+    pieces = held.take(turn.pieces(adapters.ranks.count), source.BYTES);
     read(0);
   }
   __device__ __forceinline__ void read(int first) {
@@ -310,7 +311,7 @@ template <int TILES, bool ONE> struct Shrink {
 #pragma unroll
       for (int i = 0; i < 2 * TILES; i++) {
         const u8* at = pieces + ((first + g) * 2 * TILES + i) * (PIECE / 2);
-        if (first + g < turn.pieces(adapters.ranks)) words[g][i >> 1][i & 1] = *reinterpret_cast<const uint2*>(at);
+        if (first + g < turn.pieces(adapters.ranks.count)) words[g][i >> 1][i & 1] = *reinterpret_cast<const uint2*>(at);
       }
   }
 
@@ -322,7 +323,7 @@ template <int TILES, bool ONE> struct Shrink {
 #pragma unroll 1
     while (turn.slot) {
       add_up();
-      turn.next(mine, adapters.ranks);
+      turn.next(mine, adapters.ranks.count);
       if (!turn.slot) return;
       held.refill(source, mine, turn);
       take();
@@ -333,7 +334,7 @@ template <int TILES, bool ONE> struct Shrink {
   }
   // Into shared memory.
   __device__ __forceinline__ void multiply_turn(const u32 (&x)[TILES][2]) {
-    const int count = turn.pieces(adapters.ranks);
+    const int count = turn.pieces(adapters.ranks.count);
     const u32 mask = mine == turn.slot ? ~0u : 0;
 #pragma unroll 1
     for (int first = 0;;) {
@@ -359,7 +360,7 @@ template <int TILES, bool ONE> struct Shrink {
   }
   // A lane has four ranks of its row, of every fourth group.
   __device__ __forceinline__ void add_up() const {
-    const int count = turn.pieces(adapters.ranks) - static_cast<int>(threadIdx.x >> 5);
+    const int warp = threadIdx.x >> 5, count = turn.pieces(adapters.ranks.count) - warp;
     if (mine != turn.slot) return;
 #pragma unroll
     for (int g = 0; g < GROUPS; g += WARPS) {
@@ -370,7 +371,8 @@ template <int TILES, bool ONE> struct Shrink {
         const float4 own = *reinterpret_cast<const float4*>(of_all + (g * WARPS + w) * ROWS * 16);
         sum.x += own.x; sum.y += own.y; sum.z += own.z; sum.w += own.w;
       }
-      add_four(to + (turn.slot - 1) * adapters.ranks + turn.first + 16 * g, sum);
+      const int rank = ONE ? 0 : adapters.ranks.find(turn.first + 16 * (g + warp));  // else `to` has it
+      add_four(to + (turn.slot - 1) * adapters.held + rank, sum);
     }
   }
 };

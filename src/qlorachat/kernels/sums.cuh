@@ -68,20 +68,30 @@ __device__ __forceinline__ int take_slot(int mine, u32& left) {
   return slot;
 }
 
-// shrunk += A x, of a product's x: by who makes that, or beside the product.
-struct Shrinking {
-  const u16* a;      // [slots, ranks, K], ranks of all parts; null: no row has an adapter, or not here
-  const int* slots;  // of each row, from 1; 0 for none
-  float* shrunk;     // A x, [M, slots, ranks], a row `stride` after the one before
-  int stride, ranks;
+// Of the ranks that a slot holds those that rows have, `count` in all: the first `own` of each part, `gap` others
+// behind them. There are three parts at most.
+struct Ranks {
+  int count, own, gap;
+  // Where one of these is among all.
+  __device__ __forceinline__ int find(int i) const { return i + ((i >= own) + (i >= 2 * own)) * gap; }
 };
 
-// sums += scale * B (A x): beside the product, or by who reads its sums. All warps of a card read A x at once: by
-// way of the L1 (__ldca), and as the squares.
+// shrunk += A x, of a product's x: by who makes that, or beside the product, with all ranks.
+struct Shrinking {
+  const u16* a;      // [slots, held, K], held: ranks of all parts; null: no row has an adapter, or not here
+  const int* slots;  // of each row, from 1; 0 for none
+  float* shrunk;     // A x, [M, slots, held], a row `stride` after the one before
+  int stride, held;
+  Ranks ranks;
+};
+
+// sums += scale * B (A x): beside the product, with all ranks, or by who reads its sums. All warps of a card read A x
+// at once: by way of the L1 (__ldca), and as the squares.
 struct Expanding {
-  const float* shrunk;  // A x, [M, slots, parts, ranks], a row `stride` after the one before
-  const u16* b;         // [slots, N, ranks]; null: no row has an adapter, or not here
+  const float* shrunk;  // A x, [M, slots, parts, held], a row `stride` after the one before
+  const u16* b;         // [slots, N, held]; null: no row has an adapter, or not here
   const int* slots;     // of each row, from 1; 0 for none
   const float* scales;  // of each row
-  int stride, ranks;
+  int stride, held;
+  int ranks;  // the first ones, that rows have
 };

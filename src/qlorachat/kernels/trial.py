@@ -61,7 +61,7 @@ def try_step(like: torch.Tensor) -> None:
     make, width = _Inputs(like), 192
     for rows, one in ((3, True), (3, False), (20, False)):  # each has kernels of its own
         x = like.new_zeros(tiled_shape(width, rows_padded(rows)), dtype=HALF)
-        shrinking = make.shrinking(rows, width, 3 * _RANK, one=one)
+        shrinking = make.shrinking(rows, width, 3, one=one)
         residual, squares = make.normal(rows, width), make.ones(rows)
         normed = (make.normal(width), x, residual, squares, shrinking)
         ids = like.new_zeros(rows, dtype=torch.int64)
@@ -122,21 +122,25 @@ class _Inputs:
         own = [2 * (row % 2) if one else row % 3 for row in range(rows)]
         return self._like.new_tensor(own, dtype=torch.int32)
 
+    def ranks(self, one: bool) -> tuple[int, int | None]:
+        """That are held, and that rows have: one adapter half of them."""
+        return (2 * _RANK, _RANK) if one else (_RANK, None)
+
     def matrices(self, ranks: int, heights: Sequence[int], columns: int) -> LoraMatrices:
         a = self.normal(len(heights) * ranks, columns) / columns**0.5
         return LoraMatrices(a, self.normal(sum(heights), ranks), ranks, 1.0)
 
-    def shrinking(
-        self, rows: int, columns: int, ranks: int = _RANK, *, one: bool = False
-    ) -> Shrinking:
-        a = self.normal(2, ranks, columns) / columns**0.5
-        shrunk = self._like.new_zeros(rows, 2 * ranks, dtype=torch.float32)
-        return Shrinking(a, self.slots(rows, one), shrunk, one)
+    def shrinking(self, rows: int, columns: int, parts: int = 1, *, one: bool = False) -> Shrinking:
+        held, ranks = self.ranks(one)
+        a = self.normal(2, parts * held, columns) / columns**0.5
+        shrunk = self._like.new_zeros(rows, 2 * parts * held, dtype=torch.float32)
+        return Shrinking(a, self.slots(rows, one), shrunk, one, parts, ranks)
 
     def expanding(self, rows: int, heights: Sequence[int], *, one: bool = False) -> Expanding:
-        shrunk = self.normal(rows, 2 * len(heights) * _RANK).float()
-        b = self.normal(2, sum(heights), _RANK)
-        return Expanding(shrunk, b, self.slots(rows, one), self.ones(rows), one)
+        held, ranks = self.ranks(one)
+        shrunk = self.normal(rows, 2 * len(heights) * held).float()
+        b = self.normal(2, sum(heights), held)
+        return Expanding(shrunk, b, self.slots(rows, one), self.ones(rows), one, ranks)
 
 
 def _try(

@@ -171,7 +171,8 @@ class FusedDecode:
         space.cleared.zero_()
         residual = self._embedding.new_empty(count, self._embedding.shape[1])
         into = (self._norms[0], space.hidden, residual, space.squares(count, 0))
-        begin_residual(rows.ids, self._embedding, *into, self._shrinking(rows, space, 0))
+        shrinking = self._shrinking(rows, space, 0, rows.lora.ranks)
+        begin_residual(rows.ids, self._embedding, *into, shrinking)
         for index in range(len(self._norms) // 2):
             first = 4 * index  # product of the layer: q|k|v, o, gate|up, down
             sums = self._multiply(first, space.hidden, rows, space)
@@ -180,7 +181,8 @@ class FusedDecode:
             self._add(sums, residual, rows, space, 2 * index + 1)
             sums = self._multiply(first + 2, space.hidden, rows, space)
             late = self._late_norm(space, count, 2 * index + 1)
-            silu_mul_sums(sums, late, space.inner, self._expanding(rows, space, first + 2))
+            expanding = self._expanding(rows, space, first + 2, rows.lora.ranks)
+            silu_mul_sums(sums, late, space.inner, expanding)
             sums = self._multiply(first + 3, space.inner, rows, space)
             self._add(sums, residual, rows, space, 2 * index + 2)
         return residual
@@ -188,29 +190,35 @@ class FusedDecode:
     def _multiply(
         self, number: int, x: torch.Tensor, rows: Rows, space: _Workspace
     ) -> torch.Tensor:
-        """W x of a product; beside it B (A x) for q|k|v, A x for the others."""
+        """W x of a product; beside it B (A x) for q|k|v, A x for the others, of all ranks."""
         weight, of_qkv = self._products[number].weight, number % 4 == 0
         sums = space.sums(len(rows.ids), weight.rows)
-        lora = (self._expanding if of_qkv else self._shrinking)(rows, space, number)
+        lora = (self._expanding if of_qkv else self._shrinking)(rows, space, number, None)
         following = self._products[number + 1 : number + 2]
         ahead = following[0].weight if following else None
         nf4_matmul_tiled(x, weight, sums, lora, ahead=ahead)
         return sums
 
-    def _shrinking(self, rows: Rows, space: _Workspace, number: int) -> Shrinking | None:
-        """A of the rows' adapters on a product, and where A x is added up."""
+    def _shrinking(
+        self, rows: Rows, space: _Workspace, number: int, ranks: int | None
+    ) -> Shrinking | None:
+        """A of the rows' adapters on a product, and where A x is added up; ranks: None for all."""
         if not rows.lora.active or rows.lora.slots is None:
             return None
-        shrunk = space.shrunk(len(rows.ids), number)
-        return Shrinking(self._products[number].lora.a, rows.lora.slots, shrunk, rows.lora.one)
+        lora, shrunk = self._products[number].lora, space.shrunk(len(rows.ids), number)
+        own = (lora.a, rows.lora.slots, shrunk, rows.lora.one)
+        return Shrinking(*own, parts=len(lora.modules), ranks=ranks)
 
-    def _expanding(self, rows: Rows, space: _Workspace, number: int) -> Expanding | None:
-        """B of the rows' adapters on a product, and A x."""
+    def _expanding(
+        self, rows: Rows, space: _Workspace, number: int, ranks: int | None
+    ) -> Expanding | None:
+        """B of the rows' adapters on a product, and A x; ranks: None for all."""
         lora = rows.lora
         if not lora.active or lora.slots is None or lora.scales is None:
             return None
         shrunk = space.shrunk(len(rows.ids), number)
-        return Expanding(shrunk, self._products[number].lora.b, lora.slots, lora.scales, lora.one)
+        b = self._products[number].lora.b
+        return Expanding(shrunk, b, lora.slots, lora.scales, lora.one, ranks)
 
     def _attend(
         self, sums: torch.Tensor, layer: int, rows: Rows, space: _Workspace, cache: KVCache
@@ -229,10 +237,11 @@ class FusedDecode:
         self, sums: torch.Tensor, residual: torch.Tensor, rows: Rows, space: _Workspace, norm: int
     ) -> None:
         """Into the residual, and from it the x of the product after norm number `norm`."""
-        expanding = self._expanding(rows, space, 2 * norm - 1)
+        ranks = rows.lora.ranks
+        expanding = self._expanding(rows, space, 2 * norm - 1, ranks)
         if norm == len(self._norms):
             add_to_residual(sums, residual, None, None, None, expanding, None)
             return
         into = (self._norms[norm], space.hidden, space.squares(len(residual), norm))
-        shrinking = self._shrinking(rows, space, 2 * norm) if norm % 2 == 0 else None
+        shrinking = self._shrinking(rows, space, 2 * norm, ranks) if norm % 2 == 0 else None
         add_to_residual(sums, residual, *into, expanding, shrinking)

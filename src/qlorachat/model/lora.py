@@ -4,7 +4,7 @@ Slot s is [s - 1] of the stacks; slot 0 is the bare base. A row of a step names 
 launch serves rows of different adapters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -29,7 +29,8 @@ class LoraRows:
 
     On the host: `segments`, runs of rows with one adapter, for matrix products. On the device:
     `slots` int32 (rows,) and `scales` float32 (rows,), for kernels that look a row's adapter up;
-    `one`: no two rows have different adapters.
+    `one`: no two rows have different adapters; `ranks`: the most that one of these has, a multiple
+    of 16; None: as many as there is room for.
     """
 
     active: bool  # whether any row has an adapter
@@ -37,6 +38,7 @@ class LoraRows:
     slots: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     one: bool = False
+    ranks: int | None = None
 
 
 class LoraProjection:
@@ -135,6 +137,7 @@ class AdapterStacks:
         self._dtype, self._device = dtype, device
         self.slots = 0  # how many adapters there is room for
         self.rank = 0
+        self._ranks: dict[int, int] = {}  # of the adapter in each slot
 
     def layer(self, index: int) -> LoraLayer:
         return self._layers[index]
@@ -150,8 +153,13 @@ class AdapterStacks:
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Copy an adapter into a slot."""
+        self._ranks[slot] = _whole(adapter.largest_rank)
         for projection in self._projections():
             projection.write(slot, adapter)
+
+    def most_ranks(self, slots: Iterable[int]) -> int:
+        """Of the adapters in these slots, a multiple of 16; slot 0 has none."""
+        return max((self._ranks[slot] for slot in slots if slot), default=0)
 
     def bytes_of(self, slots: int, rank: int) -> int:
         """What `allocate` would take."""
