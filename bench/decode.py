@@ -80,8 +80,7 @@ def measure(arguments: argparse.Namespace) -> None:
     model = build(arguments.size, "cuda")
     one = adapter(model, rank=arguments.rank, seed=1)
     record: dict[str, Any] = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
-    record |= {"size": arguments.size, "kv_cache": arguments.kv_cache}
-    record["as_ampere"] = arguments.as_ampere
+    record |= {name: getattr(arguments, name) for name in ("size", "kv_cache", "as_ampere")}
     print(record, flush=True)
     reference = peer(model, one, record, timed=not arguments.no_peer)
     backend = PagedBackend(

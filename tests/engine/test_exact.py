@@ -3,14 +3,13 @@
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlorachat.adapters import Adapter, LoraSettings
+from qlorachat.adapters import Adapter
 from qlorachat.engine.backend import PagedBackend
 from qlorachat.engine.batch import Batch, ScheduledRow
 from qlorachat.engine.runner import Runner
@@ -20,6 +19,7 @@ from qlorachat.opening import OpenedModel
 from qlorachat.protocols import ModelInfo
 from qlorachat.testing import ByteTokenizer
 from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
+from tests import lora
 
 VOCABULARY, CONTEXT = 97, 256
 _ids = count(1)
@@ -189,21 +189,10 @@ def test_rows_share_out_steps_that_take_few(
 
 def make_adapter(rank: int) -> Adapter:
     """Of the small model's value projections, its content hash is the rank."""
-    generator, tensors = torch.Generator().manual_seed(rank), {}
-    modules = tuple(f"model.layers.{layer}.self_attn.v_proj" for layer in range(2))
-    for module in modules:
-        for name, shape in {"lora_A": (rank, 64), "lora_B": (32, rank)}.items():
-            matrix = torch.randn(shape, generator=generator)
-            tensors[f"base_model.model.{module}.{name}.weight"] = matrix
-    settings = LoraSettings(
-        rank=rank, alpha=1.0, use_rslora=False, use_dora=False, fan_in_fan_out=False,
-        target_modules=modules, modules_to_save=(), rank_pattern={}, alpha_pattern={},
-        base_model_name_or_path=None, revision=None,
-    )  # fmt: skip
-    return Adapter(
-        path=Path("random"), sha256=str(rank), settings=settings,
-        peft_config=settings.peft_config(), tensors=tensors, card=None, warnings=(),
-    )  # fmt: skip
+    modules = [f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)]
+    return lora.make_adapter(
+        dict.fromkeys(modules, (32, 64)), dict.fromkeys(modules, rank), str(rank)
+    )
 
 
 def test_ranks_of_an_unloaded_adapter_are_given_up() -> None:

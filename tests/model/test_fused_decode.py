@@ -1,6 +1,6 @@
 """FusedDecode against PagedLlama's own way, and why a model may have none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlorachat.kernels.decode_lora import Expanding
-from qlorachat.kernels.decode_step import silu_mul_sums
+from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.eight_bits import INT8
 from qlorachat.kernels.nf4_matmul import nf4_matmul_tiled
 from qlorachat.kernels.tiles import untile
@@ -170,18 +169,30 @@ def test_ranks_that_no_row_has_are_left_out(
     model = PagedLlama(quantized_model(), stacks(2, rank=48, used=16))
     rows = decode_rows(slots, active=True, ranks=16)
     expected = model.hidden(rows, cache())
-    monkeypatch.setattr(fused_decode, "silu_mul_sums", poisoned)
+    for name in ("begin_residual", "add_to_residual", "silu_mul_sums"):
+        monkeypatch.setattr(fused_decode, name, poisoning(getattr(fused_decode, name)))
     model._fused = fuse(model)
     actual = model.hidden(rows, cache())
     torch.testing.assert_close(actual[:-1], expected[:-1], rtol=1e-4, atol=1e-4)
 
 
-def poisoned(sums: Any, norm: Any, x: Any, expanding: Expanding) -> None:
-    """With NaN where SwiGLU has no need to look."""
-    b = expanding.b.clone()
-    b[:, :, expanding.own_ranks :] = torch.nan
-    assert b.isnan().any()
-    silu_mul_sums(sums, norm, x, expanding._replace(b=b))
+def poisoning(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The same, with NaN where it has no need to look."""
+
+    def poisoned(lora: Any) -> Any:
+        if isinstance(lora, Expanding):
+            b = lora.b.clone()
+            b[:, :, lora.own_ranks :] = torch.nan
+            assert b.isnan().any()
+            return lora._replace(b=b)
+        if isinstance(lora, Shrinking):
+            a = lora.a.unflatten(1, (lora.parts, -1)).clone()
+            a[:, :, lora.own_ranks :] = torch.nan
+            assert a.isnan().any()
+            return lora._replace(a=a.flatten(1, 2))
+        return lora
+
+    return lambda *arguments: kernel(*map(poisoned, arguments))
 
 
 @torch.inference_mode()

@@ -1,16 +1,16 @@
 """The stacked adapters of a layer: what a slot has, and when all rows of a prefill share it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from qlorachat import kernels
-from qlorachat.adapters import Adapter, LoraSettings
+from qlorachat.adapters import Adapter
 from qlorachat.kernels import LoraSegment, lora_add_segments
 from qlorachat.model.lora import AdapterStacks, LoraRows
+from tests import lora
 
 WIDTH, INNER, SLOTS, RANK = 32, 48, 2, 64
 SHAPES = {
@@ -22,33 +22,20 @@ SHAPES = {
     "mlp.up_proj": (INNER, WIDTH),
     "mlp.down_proj": (WIDTH, INNER),
 }
+LAYER = "model.layers.0"
+LAYER_SHAPES = {f"{LAYER}.{module}": shape for module, shape in SHAPES.items()}
 
 
 def make_stacks() -> AdapterStacks:
-    shapes = {f"model.layers.0.{module}": shape for module, shape in SHAPES.items()}
-    stacks = AdapterStacks(1, shapes, dtype=torch.float32, device=torch.device("cpu"))
+    stacks = AdapterStacks(1, LAYER_SHAPES, dtype=torch.float32, device=torch.device("cpu"))
     stacks.allocate(SLOTS, RANK)
     return stacks
 
 
 def make_adapter(ranks: Mapping[str, int]) -> Adapter:
-    """Random, with these ranks of modules, alpha twice the rank everywhere."""
-    tensors = {}
-    for module, rank in ranks.items():
-        outputs, inputs = SHAPES[module]
-        prefix = f"base_model.model.model.layers.0.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs)
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, rank)
-    settings = LoraSettings(
-        rank=8, alpha=16.0, use_rslora=False, use_dora=False, fan_in_fan_out=False,
-        target_modules=tuple(ranks), modules_to_save=(),
-        rank_pattern=dict(ranks), alpha_pattern={name: 2.0 * rank for name, rank in ranks.items()},
-        base_model_name_or_path=None, revision=None,
-    )  # fmt: skip
-    return Adapter(
-        path=Path("random"), sha256="0" * 64, settings=settings,
-        peft_config=settings.peft_config(), tensors=tensors, card=None, warnings=(),
-    )  # fmt: skip
+    """Random, with these ranks of the layer's modules."""
+    own = {f"{LAYER}.{module}": rank for module, rank in ranks.items()}
+    return lora.make_adapter(LAYER_SHAPES, own)
 
 
 def test_the_adapter_of_all_rows_has_its_own_ranks() -> None:

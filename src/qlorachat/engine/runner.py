@@ -106,7 +106,8 @@ class Runner:
     def forget(self, sha256: str) -> None:
         """An adapter was unloaded; its slot holds nothing that may be used.
 
-        Ranks that no other has are given up: every row is multiplied with as many as there are.
+        Ranks that no other has are given up: every slot has room for as many as there are, and
+        products and graphs of all rows would go on with it.
         """
         self.adapters.pop(sha256, None)
         self._in_slot = {slot: held for slot, held in self._in_slot.items() if held != sha256}

@@ -130,7 +130,7 @@ def _instance(padded: int) -> _Instance:
 def _hopper_instance(padded: int) -> _Instance:
     """`Layout` in nf4_matmul_hopper.cu: three warpgroups for the product, one for all else."""
     rows = 3 * 64  # of the weight, in a unit
-    weight_stages, x_stages = 3 if padded == 8 else 2, 3
-    x_bytes = x_stages * (_UNIT_BLOCKS * padded * 128 + 16)
+    weight_stages = 3 if padded == 8 else 2
+    x_bytes = 3 * (_UNIT_BLOCKS * padded * 128 + 16)
     weight_bytes = weight_stages * (rows * 128 + rows * _UNIT_BLOCKS + 16)
     return _Instance(128 * (3 + 1), _TABLE_BYTES + x_bytes + weight_bytes)

@@ -171,8 +171,7 @@ class FusedDecode:
         space.cleared.zero_()
         residual = self._embedding.new_empty(count, self._embedding.shape[1])
         into = (self._norms[0], space.hidden, residual, space.squares(count, 0))
-        shrinking = self._shrinking(rows, space, 0, rows.lora.ranks)
-        begin_residual(rows.ids, self._embedding, *into, shrinking)
+        begin_residual(rows.ids, self._embedding, *into, self._shrinking(rows, space, 0))
         for index in range(len(self._norms) // 2):
             first = 4 * index  # product of the layer: q|k|v, o, gate|up, down
             sums = self._multiply(first, space.hidden, rows, space)
@@ -181,8 +180,7 @@ class FusedDecode:
             self._add(sums, residual, rows, space, 2 * index + 1)
             sums = self._multiply(first + 2, space.hidden, rows, space)
             late = self._late_norm(space, count, 2 * index + 1)
-            expanding = self._expanding(rows, space, first + 2, rows.lora.ranks)
-            silu_mul_sums(sums, late, space.inner, expanding)
+            silu_mul_sums(sums, late, space.inner, self._expanding(rows, space, first + 2))
             sums = self._multiply(first + 3, space.inner, rows, space)
             self._add(sums, residual, rows, space, 2 * index + 2)
         return residual
@@ -193,32 +191,29 @@ class FusedDecode:
         """W x of a product; beside it B (A x) for q|k|v, A x for the others, of all ranks."""
         weight, of_qkv = self._products[number].weight, number % 4 == 0
         sums = space.sums(len(rows.ids), weight.rows)
-        lora = (self._expanding if of_qkv else self._shrinking)(rows, space, number, None)
+        lora = (self._expanding if of_qkv else self._shrinking)(rows, space, number)
+        beside = None if lora is None else lora._replace(ranks=None)
         following = self._products[number + 1 : number + 2]
         ahead = following[0].weight if following else None
-        nf4_matmul_tiled(x, weight, sums, lora, ahead=ahead)
+        nf4_matmul_tiled(x, weight, sums, beside, ahead=ahead)
         return sums
 
-    def _shrinking(
-        self, rows: Rows, space: _Workspace, number: int, ranks: int | None
-    ) -> Shrinking | None:
-        """A of the rows' adapters on a product, and where A x is added up; ranks: None for all."""
+    def _shrinking(self, rows: Rows, space: _Workspace, number: int) -> Shrinking | None:
+        """A of the rows' adapters on a product, and where A x is added up."""
         if not rows.lora.active or rows.lora.slots is None:
             return None
         lora, shrunk = self._products[number].lora, space.shrunk(len(rows.ids), number)
         own = (lora.a, rows.lora.slots, shrunk, rows.lora.one)
-        return Shrinking(*own, parts=len(lora.modules), ranks=ranks)
+        return Shrinking(*own, parts=len(lora.modules), ranks=rows.lora.ranks)
 
-    def _expanding(
-        self, rows: Rows, space: _Workspace, number: int, ranks: int | None
-    ) -> Expanding | None:
-        """B of the rows' adapters on a product, and A x; ranks: None for all."""
+    def _expanding(self, rows: Rows, space: _Workspace, number: int) -> Expanding | None:
+        """B of the rows' adapters on a product, and A x."""
         lora = rows.lora
         if not lora.active or lora.slots is None or lora.scales is None:
             return None
         shrunk = space.shrunk(len(rows.ids), number)
         b = self._products[number].lora.b
-        return Expanding(shrunk, b, lora.slots, lora.scales, lora.one, ranks)
+        return Expanding(shrunk, b, lora.slots, lora.scales, lora.one, lora.ranks)
 
     def _attend(
         self, sums: torch.Tensor, layer: int, rows: Rows, space: _Workspace, cache: KVCache
@@ -237,11 +232,10 @@ class FusedDecode:
         self, sums: torch.Tensor, residual: torch.Tensor, rows: Rows, space: _Workspace, norm: int
     ) -> None:
         """Into the residual, and from it the x of the product after norm number `norm`."""
-        ranks = rows.lora.ranks
-        expanding = self._expanding(rows, space, 2 * norm - 1, ranks)
+        expanding = self._expanding(rows, space, 2 * norm - 1)
         if norm == len(self._norms):
             add_to_residual(sums, residual, None, None, None, expanding, None)
             return
         into = (self._norms[norm], space.hidden, space.squares(len(residual), norm))
-        shrinking = self._shrinking(rows, space, 2 * norm, ranks) if norm % 2 == 0 else None
+        shrinking = self._shrinking(rows, space, 2 * norm) if norm % 2 == 0 else None
         add_to_residual(sums, residual, *into, expanding, shrinking)

@@ -158,8 +158,8 @@ class AdapterStacks:
             projection.write(slot, adapter)
 
     def most_ranks(self, slots: Iterable[int]) -> int:
-        """Of the adapters in these slots, a multiple of 16; slot 0 has none."""
-        return max((self._ranks[slot] for slot in slots if slot), default=0)
+        """Of the adapters in these slots, a multiple of 16; 0 for no slots."""
+        return max((self._ranks[slot] for slot in slots), default=0)
 
     def bytes_of(self, slots: int, rank: int) -> int:
         """What `allocate` would take."""
