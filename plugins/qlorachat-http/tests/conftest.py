@@ -28,7 +28,10 @@ def running(engine: Any, options: dict[str, Any]) -> Iterator[str]:
     thread = threading.Thread(target=frontend.serve, args=(engine, chosen, stop))
     thread.start()
     try:
-        yield "http://{}:{}".format(*frontend.address)
+        url = "http://{}:{}".format(*frontend.address)
+        # FastAPI mutes warnings while it builds an app; pytest's filters of the next test undo that
+        httpx.get(url, timeout=20)
+        yield url
     finally:
         stop.set()
         thread.join(20)
