@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -174,6 +174,46 @@ def test_a_full_queue_refuses_and_the_engine_lives(backend: BackendChoice) -> No
         assert engine.chat("hi", max_tokens=2).text
 
 
+def test_whole_numbers_do_for_sampling(engine: ChatEngine) -> None:
+    options: dict[str, Any] = {"temperature": 2, "top_p": 1, "min_p": 0, "repetition_penalty": 2}
+    assert engine.chat("hi", max_tokens=2, **options).usage.completion_tokens
+    assert engine.alive
+
+
+def test_who_leaves_the_queue_leaves_a_place(backend: BackendChoice) -> None:
+    with ChatEngine("smollm2", backend=backend, max_queue=1, max_sequences=1) as engine:
+        running = engine.stream("Count.", max_tokens=400)
+        next(running)
+        engine.stream("hi", max_tokens=2).close()
+        end = monotonic() + 20
+        while True:  # the thread of the paged engine has yet to hear of it
+            try:
+                waiting = engine.stream("hi", max_tokens=2)
+                break
+            except QueueFull:
+                assert monotonic() < end
+        running.close()
+        assert list(waiting) is not None
+
+
+def test_an_adapter_that_is_unloaded_and_loaded_again_is_there(
+    backend: BackendChoice, trained: Path
+) -> None:
+    with (
+        ChatEngine("smollm2", backend=backend, adapters={"zunda": trained}) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        running = engine.stream("Count.", adapter="zunda", max_tokens=400, temperature=0.0)
+        next(running)
+        adapter = engine.adapters["zunda"].adapter
+        leaves = pool.submit(engine._backend.unload_adapter, adapter.sha256)
+        sleep(0.1)
+        engine._backend.load_adapter(adapter)
+        running.close()
+        leaves.result(20)
+        assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
+
+
 def test_a_dead_thread_tells_everyone(
     backend: BackendChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +303,12 @@ def test_keys_and_values_in_8_bits(trained: Path, caplog: pytest.LogCaptureFixtu
             ask = lambda prompt: engine.chat(prompt, max_tokens=8, **GREEDY)  # noqa: E731
             for mine, theirs in zip(pool.map(ask, prompts), alone, strict=True):
                 assert_same(mine, theirs)
+
+
+def test_transformers_take_no_bound_of_memory() -> None:
+    with pytest.raises(ConfigError, match="leave memory out") as refused:
+        ChatEngine("smollm2", backend="transformers", memory="4GiB")
+    assert refused.value.param == "memory"
 
 
 def test_transformers_have_no_8_bits() -> None:

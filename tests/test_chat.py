@@ -1,16 +1,25 @@
 """ChatEngine over the fake backend: everything between text and tokens, in milliseconds."""
 
 import asyncio
+import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from threading import Event
 from time import monotonic, sleep
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qlorachat import ChatEngine, FinishReason, Message, RequestRecord, hookimpl
+from qlorachat.adapters.card import AdapterCard, write_card
 from qlorachat.config import EngineConfig
 from qlorachat.errors import (
+    AdapterError,
     ConfigError,
     ContextOverflow,
     DialogError,
@@ -20,10 +29,32 @@ from qlorachat.errors import (
     UsageError,
 )
 from qlorachat.plugins import create_manager
+from qlorachat.templates import Prompt
 from qlorachat.testing import FakeBackend, fake_engine
-from qlorachat.tokens import TokenRequest
+from qlorachat.tokens import TokenEvent, TokenRequest
 
 JAPANESE = "こんにちは、ありがとうございます。"
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """`make_adapter(value=1, system=None)`: a folder with weights that are that value."""
+    numbers = count()
+
+    def make(value: float = 1, system: str | None = None) -> Path:
+        folder = tmp_path / f"adapter{next(numbers)}"
+        folder.mkdir()
+        names = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "fake"}
+        config = {**names, "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        module = "base_model.model.model.layers.0.self_attn.q_proj"
+        a, b = torch.full((2, 8), float(value)), torch.full((8, 2), float(value))
+        weights = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        save_file(weights, folder / "adapter_model.safetensors")
+        write_card(folder, AdapterCard(system=system))
+        return folder
+
+    return make
 
 
 def test_a_question_is_answered() -> None:
@@ -79,6 +110,21 @@ def test_a_dropped_stream_stops_the_model() -> None:
         _until(lambda: backend.running == 0)
 
 
+def test_a_dropped_comparison_stops_the_model() -> None:
+    backend = FakeBackend(lambda request, prompt: "a" * 10_000, delay=0.001)
+    with fake_engine(backend) as engine:
+        next(engine.compare("go", adapters=[None], max_tokens=4000))
+        _until(lambda: backend.running == 0)
+
+
+def test_the_messages_of_a_comparison_may_come_once(make_adapter: Callable[..., Path]) -> None:
+    with fake_engine(adapters={"a": make_adapter()}) as engine:
+        stream = engine.compare(iter([Message("user", "hello")]), adapters=[None, "a"])
+        for _ in stream:
+            pass
+        assert [reply.text for reply in stream.replies.values()] == ["hello"] * 2
+
+
 def test_the_reply_of_an_unfinished_answer_is_an_error() -> None:
     with fake_engine(FakeBackend(delay=0.01)) as engine, engine.stream("hello") as stream:
         next(stream)
@@ -95,6 +141,20 @@ def test_async_streams_run_side_by_side() -> None:
             return await asyncio.gather(*(ask(engine, f"question {n}") for n in range(20)))
 
     assert asyncio.run(main()) == [f"question {n}" for n in range(20)]
+
+
+def test_an_async_stream_that_two_tasks_open_asks_once() -> None:
+    backend = FakeBackend(lambda request, prompt: "a" * 10_000, delay=0.001)
+
+    async def main() -> None:
+        with fake_engine(backend) as engine:
+            stream = engine.astream("go", max_tokens=4000)
+            await asyncio.gather(stream.open(), stream.open())
+            assert backend.running == 1
+            await stream.aclose()
+            _until(lambda: backend.running == 0)
+
+    asyncio.run(main())
 
 
 def test_an_async_stream_raises_before_its_first_delta() -> None:
@@ -146,12 +206,31 @@ def test_a_mistyped_option_names_the_nearest() -> None:
         ({"adapter_scale": 2.5}, "adapter_scale"),
         ({"stop": [""]}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": None}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"overflow": "drop_oldest_turn"}, "overflow"),
+        ({"tags": "strip"}, "tags"),
+        ({"logit_bias": {258: 1.0}}, "logit_bias"),
     ],
 )
 def test_a_wrong_option_names_itself(options: dict[str, Any], param: str) -> None:
     with fake_engine() as engine, pytest.raises(UsageError) as caught:
         engine.chat("hi", **options)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("ids", [(), (258,), (-1, 65)])
+def test_a_prompt_that_the_model_has_no_tokens_for(ids: tuple[int, ...]) -> None:
+    prompt = Prompt("x", ids, (False,) * len(ids))
+    with fake_engine() as engine:
+        for ask in (engine.chat, engine.score):
+            with pytest.raises(DialogError, match="prompt"):
+                ask(prompt)
+
+
+def test_a_text_too_long_to_be_scored() -> None:
+    with fake_engine(FakeBackend(context_length=64)) as engine, pytest.raises(ContextOverflow):
+        engine.score("x" * 64)
 
 
 def test_an_unknown_adapter_is_an_error_and_never_the_base() -> None:
@@ -308,11 +387,75 @@ def test_observers_learn_of_every_end_and_a_broken_one_costs_nothing(
     host.register(Broken(), "broken2")
     with caplog.at_level(logging.ERROR), fake_engine(plugins=host) as engine:
         engine.chat("hello")
-        engine.stream("hello").close()
+        stream = engine.stream("hello")
+        stream.close()
+        assert stream._generation.feed(TokenEvent(1, finish=FinishReason.STOP)) is None
     reasons = [record.finish_reason for record in records]
     assert reasons == [FinishReason.STOP, FinishReason.ABORTED]
     assert records[0].completion_tokens == 6
     assert "broken observer" in caplog.text
+
+
+def test_a_successor_answers_a_prompt_of_its_own(
+    make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that is replaced while its prompt is made."""
+    old, new = make_adapter(1, "OLD"), make_adapter(2, "NEW")
+    with fake_engine(adapters={"a": old}) as engine:
+        render = engine._render
+
+        def replaced(*arguments: Any) -> Prompt:
+            monkeypatch.undo()
+            prompt = render(*arguments)
+            engine.load_adapter("a", new, replace=True)
+            return prompt
+
+        monkeypatch.setattr(engine, "_render", replaced)
+        stream = engine.stream("hello", adapter="a")
+        text = engine._backend.tokenizer.decode(stream._generation.request.prompt)
+        assert "NEW" in text
+        assert "OLD" not in text
+
+
+class SlowBackend(FakeBackend):
+    """Whose adapters take until `go` to load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loading, self.go = Event(), Event()
+
+    def load_adapter(self, adapter: Any) -> None:
+        super().load_adapter(adapter)
+        self.loading.set()
+        assert self.go.wait(5)
+
+
+def test_weights_that_are_loaded_again_meanwhile_stay(make_adapter: Callable[..., Path]) -> None:
+    folder, backend = make_adapter(), SlowBackend()
+    backend.go.set()
+    with fake_engine(backend, adapters={"one": folder}) as engine, ThreadPoolExecutor(2) as pool:
+        backend.go.clear()
+        backend.loading.clear()
+        loads = pool.submit(engine.load_adapter, "two", folder)
+        assert backend.loading.wait(5)
+        unloads = pool.submit(engine.unload_adapter, "one")
+        _until(lambda: "one" not in engine.adapters)
+        sleep(0.05)
+        backend.go.set()
+        loads.result(5)
+        unloads.result(5)
+        assert backend.loaded == {engine.adapters["two"].adapter.sha256}
+
+
+def test_of_two_with_one_name_the_second_leaves_nothing(make_adapter: Callable[..., Path]) -> None:
+    backend = SlowBackend()
+    with fake_engine(backend) as engine, ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(engine.load_adapter, "a", make_adapter(value=n)) for n in (1, 2)]
+        _until(lambda: len(backend.loaded) == 2)
+        backend.go.set()
+        errors = [each.exception(5) for each in loads]
+        assert sum(isinstance(error, AdapterError) for error in errors) == 1
+        assert backend.loaded == {engine.adapters["a"].adapter.sha256}
 
 
 def test_a_config_and_options_exclude_each_other() -> None:

@@ -28,6 +28,12 @@ WRONG: list[tuple[str, Any]] = [
     ("logprobs", 21),
     ("logit_bias", {5: 101}),
     ("logit_bias", {"5": 1}),
+    ("logit_bias", {5: "1"}),
+    ("logit_bias", {5: True}),
+    ("logit_bias", {True: 1}),
+    ("logit_bias", {-1: 1}),
+    ("logit_bias", None),
+    ("logit_bias", [5]),
 ]
 
 

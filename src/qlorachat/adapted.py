@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from qlorachat.adapters import Adapter
-from qlorachat.errors import AdapterError, EngineError
+from qlorachat.errors import AdapterError, EngineError, OutOfMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,27 +36,50 @@ class AdaptedModel:
         name = adapter.sha256
         if name in self._attached:
             return
-        config = LoraConfig(**adapter.peft_config, inference_mode=True)
-        if self._peft is None:
-            self._peft = PeftModel(self._base, config, adapter_name=name)
-        else:
-            self._peft.add_adapter(name, config)
-        result = set_peft_model_state_dict(self._peft, dict(adapter.tensors), adapter_name=name)
+        try:
+            wrong = self._add(adapter)
+            if wrong:
+                raise AdapterError(
+                    f"{adapter.path}: PEFT misses or does not expect these tensors: "
+                    f"{', '.join(wrong[:5])}."
+                )
+        except torch.OutOfMemoryError:
+            self._remove(name)
+            torch.cuda.empty_cache()
+            raise OutOfMemory(
+                f"{adapter.path}: there is no memory left for this adapter."
+            ) from None
+        except BaseException:
+            self._remove(name)
+            raise
         self._attached.add(name)
-        missing = [key for key in result.missing_keys if f".{name}." in key]
-        if missing or result.unexpected_keys:
-            self.detach(name)
-            raise AdapterError(
-                f"{adapter.path}: PEFT misses or does not expect these tensors: "
-                f"{', '.join([*missing, *result.unexpected_keys][:5])}."
-            )
 
     def detach(self, sha256: str) -> None:
         """Free an adapter's weights; one that is not attached is ignored."""
         if self._peft is None or sha256 not in self._attached:
             return
         self._attached.remove(sha256)
-        self._peft.delete_adapter(sha256)
+        self._remove(sha256)
+
+    def _add(self, adapter: Adapter) -> list[str]:
+        """With the names of tensors that it lacks or has too many."""
+        name = adapter.sha256
+        config = LoraConfig(**adapter.peft_config, inference_mode=True)
+        if self._peft is None:
+            self._peft = PeftModel(self._base, config, adapter_name=name)
+        else:
+            self._peft.add_adapter(name, config)
+        result = set_peft_model_state_dict(self._peft, dict(adapter.tensors), adapter_name=name)
+        missing = [key for key in result.missing_keys if f".{name}." in key]
+        return [*missing, *result.unexpected_keys]
+
+    def _remove(self, name: str) -> None:
+        """Also what an `_add` that failed has left."""
+        if self._peft is not None and name in self._peft.peft_config:
+            self._peft.delete_adapter(name)
+        for module in self._base.modules():
+            if isinstance(module, LoraLayer):
+                module.delete_adapter(name)
 
     def activate(self, sha256: str | None, scale: float) -> None:
         """Make one adapter, at `scale` times its trained strength, or the bare base answer."""

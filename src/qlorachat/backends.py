@@ -52,6 +52,12 @@ def _open_transformers(config: EngineConfig) -> TransformersBackend:
             "use the paged backend.",
             param="kv_cache",
         )
+    if config.memory is not None:
+        raise ConfigError(
+            "transformers takes the memory that it needs: leave memory out, or use the paged "
+            "backend.",
+            param="memory",
+        )
     return TransformersBackend(open_model(config), max_queue=config.max_queue)
 
 

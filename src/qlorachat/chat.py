@@ -12,7 +12,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from qlorachat.adapters import base_model_of, read_adapter
+from qlorachat.adapters import Adapter, base_model_of, read_adapter
 from qlorachat.config import (
     DEMO_MODEL,
     EngineConfig,
@@ -24,6 +24,7 @@ from qlorachat.errors import (
     ConfigError,
     DialogError,
     UnknownName,
+    UsageError,
 )
 from qlorachat.generation import NOTHING_DROPPED, Dropped, Generation
 from qlorachat.loaded_adapter import LoadedAdapter, check_adapter_name, differences
@@ -32,6 +33,7 @@ from qlorachat.options import (
     ChatOptions,
     EngineOptions,
     adapter_scale,
+    check_options,
     request_sampling,
     stop_strings,
 )
@@ -71,6 +73,7 @@ class ChatEngine:
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._adapters: dict[str, LoadedAdapter] = {}
+        self._content_locks: dict[str, threading.Lock] = {}  # by content hash
         check_template_name(self.config.template, self.plugins.templates())
         self.config.sampling(SamplingParams())  # a wrong number is said before the model loads
         self._backend = self.plugins.open_backend(self.config)
@@ -115,8 +118,9 @@ class ChatEngine:
 
         Iterate for (adapter, delta); `replies` has the whole answers by adapter.
         """
+        dialog = messages if isinstance(messages, Prompt) else parse_messages(messages)
         starts = {
-            name: partial(self._start, messages, ChatOptions(**{**options, "adapter": name}))
+            name: partial(self._start, dialog, ChatOptions(**{**options, "adapter": name}))
             for name in adapters
         }
         return CompareStream(starts)
@@ -125,9 +129,12 @@ class ChatEngine:
         """How likely the model finds a text, token by token; a string is taken without a format."""
         text = self.raw(prompt) if isinstance(prompt, str) else prompt
         sampling = replace(self.info.sampling, temperature=0.0, max_tokens=1)
+        fit_context(sampling, len(text.ids), self.info.context_length, asked=True)
         events: SimpleQueue[TokenEvent] = SimpleQueue()
-        loaded = self._adapter(adapter)
-        generation = self._submit(text, sampling, loaded, {}, events.put, scored=True)
+        generation = None
+        while generation is None:
+            loaded = self._adapter(adapter)
+            generation = self._submit(text, sampling, loaded, {}, events.put, scored=True)
         while not generation.done:
             generation.feed(events.get())
         decode = self._backend.tokenizer.decode
@@ -206,13 +213,18 @@ class ChatEngine:
     # From a request to its generation
 
     def _start(self, messages: Dialog, options: ChatOptions, sink: Sink) -> Generation:
-        loaded = self._adapter(options.get("adapter"))
-        sampling = request_sampling(self.info.sampling, options)
-        prompt, dropped = self._prompt(messages, loaded, options)
-        sampling = fit_context(
-            sampling, len(prompt.ids), self.info.context_length, asked="max_tokens" in options
-        )
-        return self._submit(prompt, sampling, loaded, options, sink, dropped)
+        check_options(options)
+        wanted = request_sampling(self.info.sampling, options)
+        dialog = messages if isinstance(messages, Prompt) else parse_messages(messages)
+        generation = None
+        while generation is None:  # where an adapter is replaced meanwhile, its successor answers
+            loaded = self._adapter(options.get("adapter"))
+            prompt, dropped = self._prompt(dialog, loaded, options)
+            sampling = fit_context(
+                wanted, len(prompt.ids), self.info.context_length, asked="max_tokens" in options
+            )
+            generation = self._submit(prompt, sampling, loaded, options, sink, dropped)
+        return generation
 
     def _submit(
         self,
@@ -223,7 +235,9 @@ class ChatEngine:
         sink: Sink,
         dropped: Dropped = NOTHING_DROPPED,
         scored: bool = False,
-    ) -> Generation:
+    ) -> Generation | None:
+        """None if the adapter is not the loaded one of its name any more."""
+        self._check_ids(prompt, sampling)
         request = TokenRequest(
             request_id=next(self._ids),
             prompt=tuple(prompt.ids),
@@ -247,16 +261,32 @@ class ChatEngine:
             if loaded is None or self._adapters.get(loaded.name) is loaded:
                 self._backend.submit(request, sink)
                 return generation
-        # the adapter was replaced meanwhile: its successor answers
-        loaded = self._adapter(loaded.name)
-        return self._submit(prompt, sampling, loaded, options, sink, dropped, scored)
+        return None
+
+    def _check_ids(self, prompt: Prompt, sampling: SamplingParams) -> None:
+        """An id that the model does not have would end the engine, not the request."""
+        size = self.info.vocab_size
+        if not prompt.ids:
+            raise DialogError("The prompt is empty.", param="prompt")
+        if wrong := [token for token in prompt.ids if not 0 <= token < size]:
+            raise DialogError(
+                f"The prompt has the token id {wrong[0]}; the model's are 0 to {size - 1}.",
+                param="prompt",
+            )
+        if wrong := [token for token in sampling.logit_bias if token >= size]:
+            raise UsageError(
+                f"logit_bias has the token id {wrong[0]}; the model's are 0 to {size - 1}.",
+                param="logit_bias",
+            )
 
     def _prompt(
-        self, messages: Dialog, loaded: LoadedAdapter | None, options: ChatOptions
+        self,
+        dialog: Prompt | Sequence[Message],
+        loaded: LoadedAdapter | None,
+        options: ChatOptions,
     ) -> tuple[Prompt, Dropped]:
-        if isinstance(messages, Prompt):
-            return messages, NOTHING_DROPPED
-        dialog = parse_messages(messages)
+        if isinstance(dialog, Prompt):
+            return dialog, NOTHING_DROPPED
         template = self._template(loaded)
         tags = options.get("tags", self.config.tags)
 
@@ -304,22 +334,34 @@ class ChatEngine:
         )
         for warning in (*adapter.warnings, *differences(adapter, self.info, self.config)):
             log.warning("adapter %s: %s", name, warning)
-        self._backend.load_adapter(adapter)
-        with self._lock:
-            if name in self._adapters and not replace:
-                raise AdapterError(f"The adapter name `{name}` is in use.")
-            old = self._adapters.get(name)
-            self._adapters[name] = LoadedAdapter(name, adapter)
+        loaded = LoadedAdapter(name, adapter)
+        with self._changing(adapter):
+            self._backend.load_adapter(adapter)
+            with self._lock:
+                old = self._adapters.get(name)
+                refused = old is not None and not replace
+                if not refused:
+                    self._adapters[name] = loaded
+        if refused:
+            self._release(loaded)
+            raise AdapterError(f"The adapter name `{name}` is in use.")
         if old is not None:
             self._release(old)
 
     def _release(self, loaded: LoadedAdapter) -> None:
         """Detach weights that no name refers to any more."""
         sha256 = loaded.adapter.sha256
+        with self._changing(loaded.adapter):
+            with self._lock:
+                used = any(other.adapter.sha256 == sha256 for other in self._adapters.values())
+            if not used:
+                self._backend.unload_adapter(sha256)
+
+    def _changing(self, adapter: Adapter) -> threading.Lock:
+        """To be held by who loads or unloads these weights: who loads them again waits until they
+        are gone, and requests for other adapters never."""
         with self._lock:
-            used = any(other.adapter.sha256 == sha256 for other in self._adapters.values())
-        if not used:
-            self._backend.unload_adapter(sha256)
+            return self._content_locks.setdefault(adapter.sha256, threading.Lock())
 
 
 def _resolve(config: EngineConfig, plugins: PluginHost) -> EngineConfig:
@@ -345,5 +387,8 @@ def _config(model: str | Path | EngineConfig | None, options: EngineOptions) -> 
             raise ConfigError("Pass an EngineConfig or single options, not both.")
         return model
     values: dict[str, Any] = {**options, "model": None if model is None else str(model)}
-    values["adapters"] = {name: str(path) for name, path in options.get("adapters", {}).items()}
+    adapters: object = options.get("adapters", {})
+    if not isinstance(adapters, Mapping):
+        raise ConfigError(f"adapters maps names to folders, not {adapters!r}.", param="adapters")
+    values["adapters"] = {name: str(path) for name, path in adapters.items()}
     return check(EngineConfig, values)

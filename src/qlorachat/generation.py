@@ -54,7 +54,9 @@ class Generation:
         self.prompt_logprobs: tuple[float, ...] = ()
 
     def feed(self, event: TokenEvent) -> Delta | None:
-        """What is new to show after one event; raises the event's error."""
+        """What is new to show after one event, if it has not ended; raises the event's error."""
+        if self.done:
+            return None
         if event.error is not None:
             self._end(None)
             raise event.error

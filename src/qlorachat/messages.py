@@ -43,6 +43,8 @@ def parse_messages(
     """A dialog from messages or mappings; a plain string is one user turn."""
     if isinstance(messages, str):
         return (Message("user", messages),)
+    if not isinstance(messages, Iterable):
+        raise DialogError(f"A dialog is text or a list of messages, not {messages!r}.")
     return tuple(Message.parse(message) for message in messages)
 
 

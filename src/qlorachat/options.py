@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 from qlorachat.config import BackendChoice, CacheChoice, Overflow, QuantizationChoice, Tags
 from qlorachat.errors import UsageError, suggest
@@ -59,27 +59,36 @@ class ChatOptions(TypedDict, total=False):
 
 
 _NO_SAMPLING = {"adapter", "adapter_scale", "stop", "overflow", "tags"}
+_CHOICES = {"overflow": get_args(Overflow), "tags": get_args(Tags)}
 
 
-def request_sampling(defaults: SamplingParams, options: ChatOptions) -> SamplingParams:
-    """The defaults with what a request asks for; UsageError for an option that does not exist."""
-    asked: dict[str, Any] = {k: v for k, v in options.items() if k not in _NO_SAMPLING}
-    for name in asked:
+def check_options(options: ChatOptions) -> None:
+    """UsageError for an option that does not exist, or one of a few words that is another."""
+    for name, value in options.items():
         if name not in ChatOptions.__annotations__:
             raise UsageError(
                 f"There is no option `{name}`{suggest(name, ChatOptions.__annotations__)}",
                 param=name,
             )
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise UsageError(f"{name} is {' or '.join(_CHOICES[name])}, not {value!r}.", param=name)
+
+
+def request_sampling(defaults: SamplingParams, options: ChatOptions) -> SamplingParams:
+    """The defaults with what a request asks for."""
+    asked: dict[str, Any] = {k: v for k, v in options.items() if k not in _NO_SAMPLING}
     return replace(defaults, **asked)
 
 
 def stop_strings(options: ChatOptions) -> tuple[str, ...]:
     """The strings that end the answer."""
-    stop = options.get("stop", ())
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(string, str) or not string for string in strings):
+    stop: object = options.get("stop", ())
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or any(
+        not isinstance(string, str) or not string for string in strings
+    ):
         raise UsageError("stop is a string or a list of strings, none of them empty.", param="stop")
-    return strings
+    return tuple(strings)
 
 
 def adapter_scale(options: ChatOptions) -> float:

@@ -77,10 +77,11 @@ class TransformersBackend:
         self.info = opened.info
         self._model = AdaptedModel(opened.model)
         self._max_queue = max_queue
-        self._wake = threading.Condition()  # guards the four below
+        self._wake = threading.Condition()  # guards the five below
         self._queue: deque[_Job | _Command] = deque()
         self._jobs: dict[int, _Job] = {}  # waiting or under way
         self._current: _Job | None = None
+        self._wanted: set[str] = set()  # adapters, by content hash
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="qlorachat-model", daemon=True)
         self._thread.start()
@@ -101,16 +102,28 @@ class TransformersBackend:
 
     def abort(self, request_id: int) -> None:
         with self._wake:
-            if job := self._jobs.get(request_id):
+            if (job := self._jobs.get(request_id)) is None:
+                return
+            if job is self._current:
                 job.aborted = True
+                return
+            self._queue.remove(job)  # its place is another's
+            del self._jobs[request_id]
+        job.send(self._aborted(job.request))
 
     def load_adapter(self, adapter: Adapter) -> None:
         command = _Command(lambda: self._model.attach(adapter))
-        self._enqueue(command, self._queue.appendleft)  # before what waits, after what runs
+        with self._wake:
+            self._wanted.add(adapter.sha256)
+            self._enqueue(command, self._queue.appendleft)  # before what waits, after what runs
+        command.done.result()
 
     def unload_adapter(self, sha256: str) -> None:
-        command = _Command(lambda: self._model.detach(sha256))
-        self._enqueue(command, self._queue.append)  # after every request that may use it
+        command = _Command(lambda: self._detach_unwanted(sha256))
+        with self._wake:
+            self._wanted.discard(sha256)
+            self._enqueue(command, self._queue.append)  # after every request that may use it
+        command.done.result()
 
     def close(self) -> None:
         self._die("The engine is closed.")
@@ -119,11 +132,9 @@ class TransformersBackend:
         torch.cuda.empty_cache()
 
     def _enqueue(self, command: _Command, put: Callable[[_Command], None]) -> None:
-        with self._wake:
-            self._refuse_if_dead()
-            put(command)
-            self._wake.notify()
-        command.done.result()
+        self._refuse_if_dead()
+        put(command)
+        self._wake.notify()
 
     def _refuse_if_dead(self) -> None:
         if self._failure is not None:
@@ -135,6 +146,8 @@ class TransformersBackend:
             self._failure = self._failure or failure
             waiting, self._queue = self._queue, deque()
             for work in waiting:
+                if isinstance(work, _Job):
+                    del self._jobs[work.request.request_id]
                 work.fail(EngineError(self._failure))
             self._wake.notify()
 
@@ -211,6 +224,10 @@ class TransformersBackend:
                 yield self._aborted(request)
                 return
             logits = self._model.logits(prompt.new_tensor([[token]]), cache)
+
+    def _detach_unwanted(self, sha256: str) -> None:
+        if sha256 not in self._wanted:  # else it was loaded again meanwhile
+            self._model.detach(sha256)
 
     def _stopping(self, job: _Job) -> bool:
         return job.aborted or self._failure is not None

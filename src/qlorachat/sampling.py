@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from qlorachat.tokens import SamplingParams
+from qlorachat.tokens import COLDEST, SamplingParams
 
 
 class Sampler:
@@ -46,17 +46,17 @@ class Sampler:
 
     def _penalize(self, scores: torch.Tensor) -> torch.Tensor:
         params = self._params
+        if params.logit_bias:
+            scores = scores.clone()
+            scores[0, self._bias_ids] += self._biases
         if params.repetition_penalty != 1.0:
-            penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+            penalty = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
             scores = penalty(self._ids, scores)
         if self._answer and (params.presence_penalty or params.frequency_penalty):
             ids = torch.tensor(list(self._answer), device=scores.device)
             counts = torch.tensor(list(self._answer.values()), device=scores.device)
             scores = scores.clone()
             scores[0, ids] -= params.presence_penalty + params.frequency_penalty * counts
-        if params.logit_bias:
-            scores = scores.clone()
-            scores[0, self._bias_ids] += self._biases
         return scores
 
 
@@ -82,11 +82,11 @@ def prompt_logprobs(logits: torch.Tensor, following: torch.Tensor) -> list[float
 def _warpers(params: SamplingParams) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
     if params.temperature not in (0.0, 1.0):
-        warpers.append(TemperatureLogitsWarper(params.temperature))
+        warpers.append(TemperatureLogitsWarper(max(float(params.temperature), COLDEST)))
     if params.top_k > 0:
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(params.top_p))
+        warpers.append(TopPLogitsWarper(float(params.top_p)))
     if params.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(params.min_p))
+        warpers.append(MinPLogitsWarper(float(params.min_p)))
     return warpers

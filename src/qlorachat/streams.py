@@ -73,7 +73,7 @@ class CompareStream(Iterator[tuple[str | None, Delta]]):
         while not all(generation.done for generation in self._generations.values()):
             name, event = self._events.get()
             generation = self._generations[name]
-            if not generation.done and (delta := generation.feed(event)):
+            if delta := generation.feed(event):
                 return name, delta
         raise StopIteration
 
@@ -98,6 +98,10 @@ class CompareStream(Iterator[tuple[str | None, Delta]]):
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_generations"):
+            self.close()
+
     def _put(self, name: str | None, event: TokenEvent) -> None:
         self._events.put((name, event))
 
@@ -108,22 +112,25 @@ class AsyncChatStream(AsyncIterator[Delta]):
     def __init__(self, start: Start) -> None:
         self._start = start
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._starting: asyncio.Future[Generation] | None = None
         self._generation: Generation | None = None
 
     async def open(self) -> None:
         """Check and submit the request: what is wrong with it is raised here, before any delta."""
-        if self._generation is None:
-            loop = asyncio.get_running_loop()
+        if self._generation is not None:
+            return
+        loop = asyncio.get_running_loop()
 
-            def sink(event: TokenEvent) -> None:
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+        def sink(event: TokenEvent) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-            starting = asyncio.ensure_future(asyncio.to_thread(self._start, sink))
-            try:
-                self._generation = await asyncio.shield(starting)
-            except asyncio.CancelledError:  # the caller left; what the thread starts must end too
-                starting.add_done_callback(_close_started)
-                raise
+        if self._starting is None:  # else another task has begun it
+            self._starting = asyncio.ensure_future(asyncio.to_thread(self._start, sink))
+        try:
+            self._generation = await asyncio.shield(self._starting)
+        except asyncio.CancelledError:  # the caller left; what the thread starts must end too
+            self._starting.add_done_callback(_close_started)
+            raise
 
     async def __anext__(self) -> Delta:
         await self.open()

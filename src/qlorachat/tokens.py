@@ -31,6 +31,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "logprobs": (0, 20),
 }
 _INTEGERS = {"top_k", "max_tokens", "seed", "logprobs"}
+COLDEST = 1e-6  # a temperature below it counts as this one: scores over it stay finite
 _OPTIONAL = {"seed", "logprobs"}
 
 
@@ -70,12 +71,27 @@ class SamplingParams:
                 raise UsageError(
                     f"{name} is {wanted} from {low} to {high}, not {value}.", param=name
                 )
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(
+                f"logit_bias maps token ids to -100..100, not {self.logit_bias!r}.",
+                param="logit_bias",
+            )
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or not -100.0 <= bias <= 100.0:
+            if not (_is_token(token) and _is_bias(bias)):
                 raise UsageError(
-                    f"logit_bias maps token ids to -100..100, not {token!r} to {bias}.",
+                    f"logit_bias maps token ids to -100..100, not {token!r} to {bias!r}.",
                     param="logit_bias",
                 )
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_bias(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -100.0 <= value <= 100.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,9 @@ from qlorachat.engine.backend import PagedBackend
 from qlorachat.engine.batch import Batch, ScheduledRow
 from qlorachat.engine.runner import Runner
 from qlorachat.engine.sampler import Sampled
+from qlorachat.errors import EngineError, OutOfMemory, QlorachatError, QueueFull
 from qlorachat.model import PagedLlama
+from qlorachat.model.lora import LoraProjection
 from qlorachat.opening import OpenedModel
 from qlorachat.protocols import ModelInfo
 from qlorachat.testing import ByteTokenizer
@@ -52,12 +54,13 @@ class Client:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        self.error: QlorachatError | None = None
         self.ended = threading.Event()
 
     def __call__(self, event: TokenEvent) -> None:
-        assert event.error is None, event.error
+        self.error = event.error
         self.tokens += [] if event.token_id is None else [event.token_id]
-        if event.finish is not None:
+        if event.finish is not None or event.error is not None:
             self.ended.set()
 
 
@@ -67,11 +70,14 @@ def ask(
     sampling: SamplingParams,
     adapter: Adapter | None = None,
 ) -> list[list[int]]:
-    """All at once."""
+    """All at once; raises the error of one."""
     clients, sha256 = [Client() for _ in prompts], None if adapter is None else adapter.sha256
     for each, client in zip(prompts, clients, strict=True):
         backend.submit(TokenRequest(next(_ids), each, sampling, frozenset(), sha256), client)
     assert all(client.ended.wait(120) for client in clients)
+    for client in clients:
+        if client.error is not None:
+            raise client.error
     return [client.tokens for client in clients]
 
 
@@ -104,13 +110,16 @@ SAMPLING = {
 }
 
 
+# of an adapter of 16 ranks, and of 400 tokens: 2 layers, 2 key heads of 16 float32, keys and values
+SHORT = f"{(118784 + 512 * 400) / 2**20:.4f}MiB"
+
+
 @pytest.fixture(params=["roomy", "crowded", "short of blocks"])
 def backend(request: pytest.FixtureRequest) -> Iterator[PagedBackend]:
-    # 2 layers, 2 key heads of 16 float32, keys and values: 512 bytes a token
     options: dict[str, dict[str, Any]] = {
         "roomy": {},
         "crowded": {"max_sequences": 2},
-        "short of blocks": {"memory": f"{512 * 400 / 2**20:.4f}MiB"},
+        "short of blocks": {"memory": SHORT},
     }
     made = PagedBackend(open_small(), **options[request.param])
     yield made
@@ -130,7 +139,7 @@ def test_answers_are_those_of_each_request_alone(
 def test_blocks_do_run_short_and_requests_are_preempted(
     expected: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = PagedBackend(open_small(), memory=f"{512 * 400 / 2**20:.4f}MiB")
+    backend = PagedBackend(open_small(), memory=SHORT)
     resumed = 0
     launch = backend._runner.launch
 
@@ -219,4 +228,86 @@ def test_ranks_of_an_unloaded_adapter_are_given_up() -> None:
     assert ask(backend, PROMPTS, greedy, small) == answers
     assert ask(backend, PROMPTS, greedy, again) not in (base, answers)
     assert stacks.rank == 32
+    backend.close()
+
+
+def run_out(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
+    """Of memory, in that call of a projection's method and in no later one."""
+    calls, whole = count(1), getattr(LoraProjection, method)
+
+    def fail(*arguments: Any) -> None:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("no memory")
+        whole(*arguments)
+
+    monkeypatch.setattr(LoraProjection, method, fail)
+
+
+@pytest.mark.parametrize("max_adapters", [1, 8])
+@pytest.mark.parametrize(
+    ("method", "call"), [("allocate", 1), ("allocate", 4), ("write", 2), ("write", 9)]
+)
+def test_memory_that_runs_out_over_an_adapter_spoils_no_other(
+    method: str, call: int, max_adapters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = PagedBackend(open_small(), max_adapters=max_adapters)
+    small, large, greedy = make_adapter(4), make_adapter(40), SAMPLING["greedy"]
+    for adapter in (small, large):
+        backend.load_adapter(adapter)
+    base, answers = ask(backend, PROMPTS, greedy), ask(backend, PROMPTS, greedy, small)
+    run_out(monkeypatch, method, call)
+    with pytest.raises(OutOfMemory):
+        ask(backend, PROMPTS, greedy, large)
+    assert ask(backend, PROMPTS, greedy) == base
+    assert ask(backend, PROMPTS[::-1], greedy, small) == answers[::-1]
+    assert ask(backend, PROMPTS, greedy, large) not in (base, answers)
+    assert ask(backend, PROMPTS, greedy, small) == answers
+    backend.close()
+
+
+def test_memory_that_runs_out_when_ranks_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = PagedBackend(open_small())
+    small, large, greedy = make_adapter(4), make_adapter(40), SAMPLING["greedy"]
+    for adapter in (small, large):
+        backend.load_adapter(adapter)
+    answers = ask(backend, PROMPTS, greedy, small)
+    ask(backend, PROMPTS, greedy, large)
+    run_out(monkeypatch, "allocate", 3)
+    backend.unload_adapter(large.sha256)
+    assert ask(backend, PROMPTS, greedy, small) == answers
+    assert backend._runner._model.adapters.rank == 16
+    backend.close()
+
+
+def test_an_unload_ends_with_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = PagedBackend(open_small())
+    backend.load_adapter(small := make_adapter(4))
+
+    def fail(sha256: str) -> None:
+        raise SystemError("the card fell off the bus")
+
+    monkeypatch.setattr(backend._runner, "forget", fail)
+    with pytest.raises(EngineError, match="fell off the bus"):
+        backend.unload_adapter(small.sha256)
+    backend.close()
+
+
+def test_a_burst_is_refused_only_beyond_the_places_and_the_queue() -> None:
+    backend = PagedBackend(open_small(), max_sequences=5, max_queue=3)
+    plan, go = backend._scheduler.plan, threading.Event()
+
+    def wait() -> Batch | None:
+        go.wait(60)
+        return plan()
+
+    backend._scheduler.plan = wait  # type: ignore[method-assign]
+    clients = [Client() for _ in range(8)]
+    for client in clients:
+        request = TokenRequest(next(_ids), PROMPTS[0], SAMPLING["greedy"], frozenset())
+        backend.submit(request, client)
+    with pytest.raises(QueueFull):
+        ask(backend, PROMPTS[:1], SAMPLING["greedy"])
+    go.set()
+    assert all(client.ended.wait(120) and client.error is None for client in clients)
+    ask(backend, PROMPTS[:1], SAMPLING["greedy"])
     backend.close()

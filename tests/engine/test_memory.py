@@ -9,11 +9,18 @@ from qlorachat.errors import ConfigError, ModelError
 CPU = torch.device("cpu")
 
 
-def plan(memory: str | None, *, block_bytes: int = 2**20, wanted: int = 10**9) -> int:
+def plan(
+    memory: str | None,
+    *,
+    block_bytes: int = 2**20,
+    wanted: int = 10**9,
+    weights: int = 0,
+    adapters: int = 0,
+) -> int:
     made = plan_memory(
         device=CPU,
-        weights=0,
-        adapters=0,
+        weights=weights,
+        adapters=adapters,
         block_bytes=block_bytes,
         block_size=16,
         wanted_tokens=wanted,
@@ -28,6 +35,12 @@ def plan(memory: str | None, *, block_bytes: int = 2**20, wanted: int = 10**9) -
 )
 def test_sizes_are_taken_as_they_are(memory: str, blocks: int) -> None:
     assert plan(memory) == blocks
+
+
+def test_weights_and_adapters_are_part_of_what_is_allowed() -> None:
+    assert plan("1GiB", weights=512 * 2**20, adapters=2**28) == 256
+    with pytest.raises(ModelError, match="No KV cache fits"):
+        plan("1GiB", weights=3 * 2**30)
 
 
 def test_a_fraction_is_of_what_there_is() -> None:

@@ -42,9 +42,24 @@ def chances(params: SamplingParams, logits: torch.Tensor, draws: int = 400) -> C
     return made
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-6, 1e-5])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}])
+def test_the_coldest_temperatures_take_the_likeliest(
+    temperature: float, filters: dict[str, Any]
+) -> None:
+    params = SamplingParams(temperature=temperature, **{"top_p": 1.0, **filters})
+    logits = torch.randn(1, VOCABULARY) * 20
+    for likeliest in (3, 30):
+        logits[0, likeliest] = logits.max() + 13
+        assert set(chances(params, logits, 16)) == {likeliest}
+        reference = ReferenceSampler(params, torch.tensor([[1, 2, 3]]))
+        assert reference(logits) == likeliest
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"repetition_penalty": 1.7, "logit_bias": {1: 2.0, 2: -3.0, 40: 5.0}},
         {"repetition_penalty": 1.7},
         {"presence_penalty": 1.5},
         {"frequency_penalty": 1.5},

@@ -9,6 +9,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from qlorachat.errors import ModelError
 from qlorachat.model import (
     DecodeRows,
     KVCache,
@@ -165,5 +166,5 @@ def test_fused_weights_decode_to_the_same_values(heights: tuple[int, ...], neste
 
 
 def test_four_and_sixteen_bit_do_not_mix() -> None:
-    with pytest.raises(TypeError, match="16 bit"):
+    with pytest.raises(ModelError, match="--backend transformers"):
         fuse([quantized(64, 64, nested=True), nn.Linear(64, 64, bias=False)])

@@ -91,11 +91,14 @@ class PagedBackend:
         self._overlap = device.type == "cuda"  # a CPU has nothing to run meanwhile
         self._pending: Launched | None = None
         self._unloading: list[tuple[str, Future[None]]] = []
-        self._max_queue = max_queue
+        self._max_sequences, self._max_queue = max_sequences, max_queue
+        self._received = 0  # of the arriving ones, those that the next plan sees
         self._inbox: SimpleQueue[Command] = SimpleQueue()
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the five below
         self._loaded: set[str] = set()
-        self._arriving = 0  # submitted, and not yet with the scheduler
+        self._arriving = 0  # submitted, and not yet planned with
+        self._left_waiting = 0  # after the last plan
+        self._places = max_sequences  # that it left to those who arrive
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="qlorachat-engine", daemon=True)
         self._thread.start()
@@ -111,7 +114,7 @@ class PagedBackend:
             self._refuse_if_dead()
             if request.adapter is not None and request.adapter not in self._loaded:
                 raise EngineError(f"The adapter {request.adapter[:12]} is not loaded.")
-            if self._scheduler.num_waiting + self._arriving >= self._max_queue:
+            if self._left_waiting + max(0, self._arriving - self._places) >= self._max_queue:
                 raise QueueFull(f"{self._max_queue} requests are waiting already; try again later.")
             self._arriving += 1
             self._inbox.put(lambda: self._receive(sequence))
@@ -173,6 +176,7 @@ class PagedBackend:
     def step(self) -> None:
         """Plan and launch one step, then hand out the tokens of the one before it."""
         batch = self._scheduler.plan()
+        self._count()
         launched = self._launch(batch) if batch else None
         if not self._overlap:
             self._pending, launched = launched, None
@@ -207,9 +211,17 @@ class PagedBackend:
                 return
 
     def _receive(self, sequence: Sequence) -> None:
-        with self._lock:
-            self._arriving -= 1
+        self._received += 1
         self._scheduler.submit(sequence)
+
+    def _count(self) -> None:
+        """What a plan has left, for those who ask for a place."""
+        waiting, running = self._scheduler.num_waiting, self._scheduler.num_running
+        with self._lock:
+            self._arriving -= self._received
+            self._left_waiting = waiting
+            self._places = 0 if waiting else self._max_sequences - running
+        self._received = 0
 
     def _load(self, adapter: Adapter, done: "Future[None]") -> None:
         self._runner.adapters[adapter.sha256] = adapter
@@ -221,10 +233,10 @@ class PagedBackend:
         """Let adapters go that are to be unloaded and that no request needs any more."""
         for sha256, done in self._unloading.copy():
             if not self._scheduler.uses(sha256):
-                self._unloading.remove((sha256, done))
                 if sha256 not in self._loaded:  # else it was loaded again meanwhile
                     self._slots.forget(sha256)
                     self._runner.forget(sha256)
+                self._unloading.remove((sha256, done))
                 done.set_result(None)
 
     def _tell_everyone(self) -> None:

@@ -61,8 +61,11 @@ def plan_memory(
 def _room(device: torch.device, memory: str | None, weights: int, adapters: int) -> int:
     """Bytes for the cache."""
     if device.type == "cpu":
-        free = int(psutil.virtual_memory().available)
-        return parse_memory(memory, free) if memory else int(free * CPU_SHARE)
+        free = int(psutil.virtual_memory().available)  # the weights are there already
+        if memory is None:
+            return int(free * CPU_SHARE)
+        allowed = parse_memory(memory, free + weights)
+        return min(allowed - weights, free) - adapters
     free, total = torch.cuda.mem_get_info(device)
     allowed = parse_memory(memory, total) if memory else int(total * CUDA_SHARE)
     used = total - free  # ours and others'

@@ -114,7 +114,10 @@ class Runner:
         stacks = self._model.adapters
         most = max((each.largest_rank for each in self.adapters.values()), default=0)
         if most < stacks.rank:
-            self._make_room(stacks.slots, most)
+            try:
+                self._make_room(stacks.slots, most)
+            except torch.OutOfMemoryError:  # who needs an adapter next makes room for it
+                torch.cuda.empty_cache()
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[ScheduledRow]) -> Sampled:
         sampled = self._sampler(logits, rows)
@@ -214,17 +217,23 @@ class Runner:
             return
         adapter, stacks = self.adapters[sha256], self._model.adapters
         self._make_room(max(row.slot, stacks.slots), max(adapter.largest_rank, stacks.rank))
-        stacks.write(row.slot, adapter)
-        self._in_slot[row.slot] = sha256
+        self._write(row.slot, sha256)
 
     def _make_room(self, slots: int, rank: int) -> None:
         """For so many adapters of so many ranks; those that are in slots are so again."""
-        if not self._model.adapters.allocate(slots, rank):
+        if self._model.adapters.has_room(slots, rank):
             return
         if self._graphs is not None:
             self._graphs.clear()
-        for slot, held in self._in_slot.items():
-            self._model.adapters.write(slot, self.adapters[held])
+        held, self._in_slot = self._in_slot, {}
+        self._model.adapters.allocate(slots, rank)
+        for slot, sha256 in held.items():
+            self._write(slot, sha256)
+
+    def _write(self, slot: int, sha256: str) -> None:
+        self._in_slot.pop(slot, None)  # if memory runs out meanwhile, the slot holds nothing
+        self._model.adapters.write(slot, self.adapters[sha256])
+        self._in_slot[slot] = sha256
 
     def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
         return to_device(torch.tensor(values, dtype=dtype), self._device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qlorachat.engine.batch import ScheduledRow
-from qlorachat.tokens import SamplingParams
+from qlorachat.tokens import COLDEST, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Sampler:
         params: Sequence[SamplingParams],
     ) -> torch.Tensor:
         """A token of each row by its chances (the exponential race: argmax of p / noise)."""
-        scores = scores / self._column([each.temperature or 1.0 for each in params])
+        scores = scores / self._column([max(each.temperature, COLDEST) for each in params])
         seeds = self._tensor([self._seeds[row.row] for row in rows], torch.int64)
         positions = self._tensor([row.end for row in rows], torch.int64)
         noise = exponential_noise(seeds, positions, scores.shape[1])

@@ -8,6 +8,7 @@ from bitsandbytes.functional import QuantState, dequantize_blockwise, gemv_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
+from qlorachat.errors import ModelError
 from qlorachat.model.nf4_linear import Nf4Linear, why_not
 
 
@@ -27,7 +28,11 @@ def fuse(parts: Sequence[nn.Module]) -> nn.Module:
         _use_up(parts)
         return layer.eval()
     if any(isinstance(part, Linear4bit) for part in parts):
-        raise TypeError("layers in 4 and in 16 bit can't be one layer")
+        raise ModelError(
+            "The model has layers in 4 and in 16 bit that read the same input, which the fast "
+            "engine can't serve; start with --backend transformers (in code, "
+            "backend='transformers')."
+        )
     return _fuse_dense(parts)
 
 

@@ -142,14 +142,17 @@ class AdapterStacks:
     def layer(self, index: int) -> LoraLayer:
         return self._layers[index]
 
-    def allocate(self, slots: int, rank: int) -> bool:
-        """Room for so much and no more; whether every adapter has to be written again."""
-        if (self.slots, self.rank) == (wanted := _rounded(slots, rank)):
-            return False
-        self.slots, self.rank = wanted
+    def has_room(self, slots: int, rank: int) -> bool:
+        """Whether there is room for so much and no more."""
+        return (self.slots, self.rank) == _rounded(slots, rank)
+
+    def allocate(self, slots: int, rank: int) -> None:
+        """Make such room; every adapter has to be written again."""
+        self.slots = self.rank = 0  # if memory runs out on the way, there is no room
+        wanted = _rounded(slots, rank)
         for projection in self._projections():
-            projection.allocate(self.slots, self.rank, self._dtype, self._device)
-        return True
+            projection.allocate(*wanted, self._dtype, self._device)
+        self.slots, self.rank = wanted
 
     def write(self, slot: int, adapter: Adapter) -> None:
         """Copy an adapter into a slot."""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qlorachat.model.lora import GROUPS
+
 MODEL_TYPES = {"llama", "mistral"}
 ROPE_TYPES = {"default", "linear", "llama3"}  # tables that depend on the position alone
 
@@ -20,7 +22,18 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
         return f"its attention has a sliding window of {window} tokens"
     if config.get("pretraining_tp", 1) != 1:
         return "it splits its layers (pretraining_tp)"
+    for modules in GROUPS.values():
+        kept = [module for module in modules if _stays_in_16_bit(config, module)]
+        if 0 < len(kept) < len(modules):
+            return f"it has {kept[0]} in 16 bit and what is read with it in 4"
     return None
+
+
+def _stays_in_16_bit(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a checkpoint that is stored in 4 bit leaves it out, in one layer at least."""
+    stored = config.get("quantization_config") or {}
+    own = module.rpartition(".")[2]
+    return any(name.rpartition(".")[2] == own for name in stored.get("llm_int8_skip_modules") or ())
 
 
 def _rope_type(config: Mapping[str, Any]) -> str:
