@@ -259,3 +259,29 @@ def test_attention(
         splits=splits,
     )
     assert meeting is None or not meeting.arrived.any()
+
+
+@pytest.mark.parametrize("least", [-38, -12, 0])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 128)])
+def test_attention_in_8_bits_of_every_size(
+    card: Emulator, heads: int, kv_heads: int, head_dim: int, least: int
+) -> None:
+    """Values of a position are up to 10^4 and down to 10^least, or all zero; so are keys."""
+    lengths = [70, 0, 1]
+    sums, squares = make_sums(len(lengths), (heads + 2 * kv_heads) * head_dim)
+    context = make_context(HALF, heads, kv_heads, head_dim, lengths)
+    caches = []
+    for cache, most in ((context.key_cache, 0), (context.value_cache, 4)):
+        sizes = 10 ** (least + (most - least) * torch.rand(cache.shape[:3])[..., None])
+        sizes[torch.rand(sizes.shape) < 0.1] = 0
+        caches.append(narrow((cache.float() * sizes).bfloat16(), INT8))
+    context = context._replace(key_cache=caches[0], value_cache=caches[1])
+    out = make_tiled(HALF, heads * head_dim, rows_padded(len(lengths)))
+    shape = (len(lengths), heads, kv_heads, head_dim)
+    meeting = None if card.card.starts_early else make_meeting(*shape, out.device, 2)
+    check(
+        *(card, attend_sums, attend_sums_reference),
+        *(sums, LateNorm(squares, HIDDEN, EPS), context, head_dim**-0.5, out),
+        meeting=meeting,
+        splits=2,
+    )

@@ -48,6 +48,18 @@ __device__ __forceinline__ void wait_barrier(u32 barrier, u32 parity) {
 // What a tensor copy knows of a matrix: made by the driver, `cuda_source.TileMap`.
 struct __align__(64) TensorMap { u8 opaque[128]; };
 
+// Four matrices of 8 rows by 16 bytes, a row's address a lane: of each, two numbers of row lane / 4, or, TRANSPOSED,
+// of column lane / 4.
+template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(u32 (&of)[4], u32 at) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(of[0]), "=r"(of[1]), "=r"(of[2]), "=r"(of[3]) : "r"(at) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(of[0]), "=r"(of[1]), "=r"(of[2]), "=r"(of[3]) : "r"(at) : "memory");
+  }
+}
+
 // d [16, 8] += a [16, 16] b [16, 8]
 __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

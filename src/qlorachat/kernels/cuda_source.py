@@ -18,7 +18,10 @@ from qlorachat.user_cache import cache_root
 
 log = logging.getLogger(__name__)
 
-HEADERS = ("common.cuh", "lora.cuh", "lora_between.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh")
+HEADERS = (
+    *("attend.cuh", "attend_16_bits.cuh", "attend_8_bits.cuh", "common.cuh", "lora.cuh"),
+    *("lora_between.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh"),
+)
 
 # How a Hopper processor splits its 256 kB in a fused step, in % of the most that shared memory may
 # have: one split for every kernel, so that none waits for another.

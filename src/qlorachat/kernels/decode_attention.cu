@@ -5,75 +5,15 @@
 //
 // Blocks share out key heads, rows and splits of a row's context (Splits). Keys and values come
 // through a ring in shared memory of each warp's own, those of earlier steps before the wait for
-// q|k|v. LANES threads have one position; scores and sums are float32 on plain cores, which one query
-// head a key head leaves idle.
-
-#include "sums.cuh"
+// q|k|v. What a warp makes of them is in attend_16_bits.cuh or attend_8_bits.cuh.
 
 #if IN_8_BITS
-typedef u8 Cached;
-constexpr int TAIL = 8;  // bytes behind a row's codes: its scale, and nothing
+#include "attend_8_bits.cuh"
 #else
-typedef u16 Cached;
-constexpr int TAIL = 0;
+#include "attend_16_bits.cuh"
 #endif
-constexpr int LANES = HEAD_DIM / 8;      // 8 elements each
-constexpr int PIECE = 8 * sizeof(Cached);  // bytes of these
-constexpr int TOGETHER = 32 / LANES;     // positions of one load of a warp
-constexpr int STEP = 8;                  // positions of a warp at a time
-constexpr int LOADS = STEP / TOGETHER;
-constexpr int WIDTH = GROUP * HEAD_DIM;  // of the queries of one key head
-constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr int ROW = HEAD_DIM + TAIL;     // elements of a position's key or value
-constexpr int LOAD_BYTES = 32 * PIECE, TAIL_BYTES = TOGETHER * TAIL;
-constexpr int STAGE_BYTES = 2 * LOADS * (LOAD_BYTES + TAIL_BYTES);  // a step's keys and values
+
 constexpr int MOST_SPLITS = 8;
-constexpr float NOTHING = -1e30f;        // the peak of no scores; finite, for differences of two
-static_assert(LANES * TOGETHER == 32 && LOADS * TOGETHER == STEP, "HEAD_DIM of 64, 128 or 256");
-
-struct Eight { float of[8]; };  // elements of a lane
-
-struct Softmax {  // of one query head, over the positions that were seen
-  float peak = NOTHING, total = 0.f, mixed[8] = {};
-
-  __device__ __forceinline__ void rescale(float new_peak) {
-    const float fading = exp2f(peak - new_peak);
-    peak = new_peak;
-    total *= fading;
-#pragma unroll
-    for (int e = 0; e < 8; e++) mixed[e] *= fading;
-  }
-  // value: times `scale` what it is
-  __device__ __forceinline__ void add(float share, const Eight& value, float scale) {
-    total += share;
-    share *= scale;
-#pragma unroll
-    for (int e = 0; e < 8; e++) mixed[e] += share * value.of[e];
-  }
-  // with those of the lanes that have other positions
-  __device__ __forceinline__ void merge() {
-#pragma unroll
-    for (int step = LANES; step < 32; step *= 2) {
-      rescale(fmaxf(peak, __shfl_xor_sync(~0u, peak, step)));
-      total += __shfl_xor_sync(~0u, total, step);
-#pragma unroll
-      for (int e = 0; e < 8; e++) mixed[e] += __shfl_xor_sync(~0u, mixed[e], step);
-    }
-  }
-};
-
-__device__ __forceinline__ float score(const float (&q)[8], const Eight& key) {
-  float sum = q[0] * key.of[0];
-#pragma unroll
-  for (int e = 1; e < 8; e++) sum += q[e] * key.of[e];
-  return sum;
-}
-
-__device__ __forceinline__ float sum_of_position(float value) {
-#pragma unroll
-  for (int step = 1; step < LANES; step *= 2) value += __shfl_xor_sync(~0u, value, step);
-  return value;
-}
 
 struct Sum { float mixed, total; };  // of a column, to the same peak
 
@@ -208,32 +148,10 @@ struct Splits {
 struct Scratch {
   __align__(16) float qkv[WIDTH + 2 * HEAD_DIM];  // of this row and key head, normed, before rope
   float queries[WIDTH];             // after it, times scale
-  __align__(16) Cached fresh[2][ROW];  // key and value of the new position, as the cache has them
-#if IN_8_BITS
-  float turned[2][HEAD_DIM];        // these before they are codes
-#endif
+  Fresh fresh;
   float peaks[WARPS][GROUP], totals[WARPS][GROUP];
   Splits all;                       // where a context has several blocks
 };
-
-// A piece as numbers, in 8 bits without their scale.
-__device__ __forceinline__ Eight read_piece(const u8* at) {
-  Eight eight;
-#if IN_8_BITS
-  const uint2 codes = *reinterpret_cast<const uint2*>(at);
-#pragma unroll
-  for (int e = 0; e < 8; e++) {  // code + 128 as the last byte of a float of 2^23
-    const u32 word = (e < 4 ? codes.x : codes.y) ^ 0x80808080u;
-    eight.of[e] = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7650u | e & 3)) - 8388736.f;
-  }
-#else
-  const uint4 pairs = *reinterpret_cast<const uint4*>(at);
-  const u32 words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-  for (int e = 0; e < 8; e++) eight.of[e] = e & 1 ? high_half(words[e / 2]) : low_half(words[e / 2]);
-#endif
-  return eight;
-}
 
 struct Cache {
   Cached *keys, *values;  // [blocks, 1 << block_shift, kv_heads, ROW]
@@ -259,44 +177,19 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
 #endif
 
   // Positions start to stop are this block's, all from earlier steps; the owner has the new one too.
-  const int length = __ldg(cache.lengths + row), slot = __ldg(cache.slots + row);
+  const int length = __ldg(cache.lengths + row), slot = __ldca(cache.slots + row);  // __ldg would be moved behind the wait
   const int position = __ldg(cache.positions + row);
   const int shift = cache.block_shift, blocks = (length + (1 << shift) - 1) >> shift;
   const int span = (blocks + splits - 1) / splits << shift, start = split * span;
   const int stop = min(start + span, length - 1);
   const bool owner = length == 0 ? split == 0 : length - 1 >= start && length - 1 < start + span;
   const int* table = cache.tables + static_cast<u64>(row) * cache.table_stride;
-  const u32 landing = static_cast<u32>(__cvta_generic_to_shared(ring)) + lane * PIECE;
-#if IN_8_BITS
-  const int own_tail = 2 * LOADS * LOAD_BYTES + lane / LANES * TAIL;  // in a stage
-  const u32 tails = static_cast<u32>(__cvta_generic_to_shared(ring)) + own_tail;
-  // The scale that the first lane of a position has copied.
-  auto scale_at = [&](int stage, int which) {
-    const u8* at = ring + stage * STAGE_BYTES + own_tail + which * TAIL_BYTES;
-    const float own = lane % LANES ? 0.f : *reinterpret_cast<const float*>(at);
-    return __shfl_sync(~0u, own, lane - lane % LANES);
-  };
-#else
-  auto scale_at = [](int, int) { return 1.f; };
-#endif
+  const u32 stages = static_cast<u32>(__cvta_generic_to_shared(ring));
   auto fetch = [&](int base, int stage) {
     if (base < stop) {
       const u64 place = (static_cast<u64>(__ldg(table + (base >> shift))) << shift) + (base & ((1 << shift) - 1));
-#pragma unroll
-      for (int i = 0; i < LOADS; i++) {
-        const int offset = i * TOGETHER + lane / LANES;
-        const u64 from = ((place + offset) * kv_heads + kv_head) * ROW;
-        const u32 to = landing + stage * STAGE_BYTES + i * LOAD_BYTES;
-        copy<PIECE>(to, cache.keys + from + lane % LANES * 8, base + offset < stop);
-        copy<PIECE>(to + LOADS * LOAD_BYTES, cache.values + from + lane % LANES * 8, base + offset < stop);
-#if IN_8_BITS
-        if (lane % LANES == 0) {
-          const u32 tail = tails + stage * STAGE_BYTES + i * TAIL_BYTES;
-          copy<TAIL>(tail, cache.keys + from + HEAD_DIM, base + offset < stop);
-          copy<TAIL>(tail + LOADS * TAIL_BYTES, cache.values + from + HEAD_DIM, base + offset < stop);
-        }
-#endif
-      }
+      const u64 from = (place * kv_heads + kv_head) * ROW;
+      fetch_step(cache.keys + from, cache.values + from, kv_heads * ROW, stop - base, stages + stage * STAGE_BYTES, lane);
     }
     commit_copies();
   };
@@ -316,7 +209,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;
     if (column >= min(wanted, WIDTH + HEAD_DIM)) break;
-    cosines[i] = __ldca(cos + position * HEAD_DIM + column % HEAD_DIM);  // __ldg would be moved behind the wait
+    cosines[i] = __ldca(cos + position * HEAD_DIM + column % HEAD_DIM);  // as above
     sines[i] = __ldca(sin + position * HEAD_DIM + column % HEAD_DIM);
   }
   wait_for_previous();
@@ -337,6 +230,9 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     scratch.qkv[column] = rounded(taken[i] * factor);
   }
   __syncthreads();
+  auto find_kept = [&](int which) {  // the new position's place in the cache
+    return slot < 0 ? nullptr : (which ? cache.values : cache.keys) + (static_cast<u64>(slot) * kv_heads + kv_head) * ROW;
+  };
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;
@@ -354,113 +250,26 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       continue;
     }
     const int which = (column - WIDTH) / HEAD_DIM;
-#if IN_8_BITS
-    scratch.turned[which][inner] = value;
-#else
-    const u16 half = static_cast<u16>(__float_as_uint(value) >> 16);
-    scratch.fresh[which][inner] = half;
-    if (slot >= 0)
-      (which ? cache.values : cache.keys)[(static_cast<u64>(slot) * kv_heads + kv_head) * ROW + inner] = half;
-#endif
+    scratch.fresh.put(which, inner, value, find_kept(which));
   }
   __syncthreads();
 #if IN_8_BITS
-  if (owner && warp < 2) {  // the key's codes and scale, and the value's
-    constexpr int OWN = HEAD_DIM / 32;  // elements of a lane
-    float own[OWN], largest = 0.f;
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-      own[i] = scratch.turned[warp][lane + 32 * i];
-      largest = fmaxf(largest, fabsf(own[i]));
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    const float scale = largest * (1 / 127.f), inverse = scale > 1e-38f ? 1.f / scale : 1.f;
-    u8* to = (warp ? cache.values : cache.keys) + (static_cast<u64>(max(slot, 0)) * kv_heads + kv_head) * ROW;
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-      const u8 code = static_cast<u8>(static_cast<int>(floorf(own[i] * inverse + 0.5f)));
-      scratch.fresh[warp][lane + 32 * i] = code;
-      if (slot >= 0) to[lane + 32 * i] = code;
-    }
-    if (lane == 0) {
-      *reinterpret_cast<float*>(scratch.fresh[warp] + HEAD_DIM) = scale;
-      if (slot >= 0) *reinterpret_cast<float*>(to + HEAD_DIM) = scale;
-    }
-  }
+  if (owner && warp < 2) scratch.fresh.encode(warp, find_kept(warp), lane);
   __syncthreads();
 #endif
 
-  float q[GROUP][8];
-#pragma unroll
-  for (int g = 0; g < GROUP; g++)
-#pragma unroll
-    for (int e = 0; e < 8; e++) q[g][e] = scratch.queries[g * HEAD_DIM + lane % LANES * 8 + e];
-  Softmax heads[GROUP];
+  Seen seen(scratch.queries, lane);
   for (int stage = 0; base < stop; base += WARPS * STEP, stage = stage + 1 == STAGES ? 0 : stage + 1) {
     fetch(base + (STAGES - 1) * WARPS * STEP, stage == 0 ? STAGES - 1 : stage - 1);
-    wait_for_copies<STAGES - 1>();  // a lane reads what it copied itself
-    const u8* own_pieces = ring + stage * STAGE_BYTES + lane * PIECE;
-    float scores[GROUP][LOADS];
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-      const Eight key = read_piece(own_pieces + i * LOAD_BYTES);
-      const float key_scale = scale_at(stage, i);
-#pragma unroll
-      for (int g = 0; g < GROUP; g++) scores[g][i] = sum_of_position(score(q[g], key)) * key_scale;
-    }
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-      float peak = heads[g].peak;
-#pragma unroll
-      for (int i = 0; i < LOADS; i++) {
-        if (base + i * TOGETHER + lane / LANES >= stop) scores[g][i] = NOTHING;
-        peak = fmaxf(peak, scores[g][i]);
-      }
-      heads[g].rescale(peak);
-    }
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-      const Eight value = read_piece(own_pieces + (LOADS + i) * LOAD_BYTES);
-      const float value_scale = scale_at(stage, LOADS + i);
-      const bool seen = base + i * TOGETHER + lane / LANES < stop;
-#pragma unroll
-      for (int g = 0; g < GROUP; g++) heads[g].add(seen ? exp2f(scores[g][i] - heads[g].peak) : 0.f, value, value_scale);
-    }
+    wait_for_copies<STAGES - 1>();
+    seen.add(ring + stage * STAGE_BYTES, stop - base);
   }
-  if (owner && length > 0 && warp == 0) {
-    auto find_fresh = [&](int which) { return reinterpret_cast<const u8*>(scratch.fresh[which]); };
-    const Eight key = read_piece(find_fresh(0) + lane % LANES * PIECE), value = read_piece(find_fresh(1) + lane % LANES * PIECE);
-#if IN_8_BITS
-    auto fresh_scale = [&](int which) { return *reinterpret_cast<const float*>(find_fresh(which) + HEAD_DIM); };
-#else
-    auto fresh_scale = [](int) { return 1.f; };
-#endif
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-      const float sum = sum_of_position(score(q[g], key)) * fresh_scale(0);
-      if (lane < LANES) {
-        heads[g].rescale(fmaxf(heads[g].peak, sum));
-        heads[g].add(exp2f(sum - heads[g].peak), value, fresh_scale(1));
-      }
-    }
-  }
+  if (owner && length > 0 && warp == 0) seen.add_fresh(scratch.fresh, ring);
   // A warp's sums take the place of what it read.
   auto mixed_of = [&](int warp) { return reinterpret_cast<float*>(shared + warp * STAGES * STAGE_BYTES); };
   static_assert(WIDTH * 4 <= STAGES * STAGE_BYTES, "no room for a warp's sums");
   __syncwarp();
-#pragma unroll
-  for (int g = 0; g < GROUP; g++) {
-    heads[g].merge();
-    if (lane < LANES) {
-#pragma unroll
-      for (int e = 0; e < 8; e++) mixed_of(warp)[g * HEAD_DIM + lane * 8 + e] = heads[g].mixed[e];
-      if (lane == 0) {
-        scratch.peaks[warp][g] = heads[g].peak;
-        scratch.totals[warp][g] = heads[g].total;
-      }
-    }
-  }
+  seen.leave(mixed_of(warp), scratch.peaks[warp], scratch.totals[warp]);
   __syncthreads();
   const int first = kv_head * WIDTH + Splits::first();  // column of those that this block leaves
   auto store = [&](int column, float mixed, float total) {

@@ -14,7 +14,7 @@ from qlorachat.kernels.sums import LateNorm, check_sums, take_sums_reference
 from qlorachat.kernels.tiles import tiled_shape, write_tiled
 
 SOURCE = "decode_attention.cu"
-_THREADS, _STEP = 128, 8  # as in the source; _STEP: positions of a warp at a time
+_THREADS = 128  # as in the source
 _BLOCK_BYTES = 48 * 1024  # of shared memory, about
 _MOST_SPLITS = 8  # blocks of a cluster, on every card that has them
 _MOST_HEADS, _MOST_COLUMNS = 8, 1024  # queries of one key head: registers, shared memory
@@ -146,14 +146,14 @@ def attend_sums(
     width = context.block_tables.shape[1]
     splits = splits or _choose_splits(rows * kv_heads, width, out.device)
     assert splits in (1, 2, 4, _MOST_SPLITS)
-    assert block_size >= _STEP
+    cached = context.key_cache.dtype
+    assert block_size >= _positions(cached)
     assert block_size.bit_count() == 1
     clusters = has_clusters(out.device)
     if not clusters:
         assert meeting is not None
         assert meeting.sums.numel() >= rows * splits * heads * (head_dim + 2)
         assert len(meeting.arrived) >= rows * kv_heads
-    cached = context.key_cache.dtype
     shape = definitions(heads, kv_heads, head_dim, cached, out.device)
     function = cuda_source.load_kernel(
         *(SOURCE, "attend", out.device, shape),
@@ -168,9 +168,7 @@ def attend_sums(
         *(scale * _LOG2_E, out.shape[1]),
         *((None, None) if clusters or meeting is None else meeting),
     )
-    # bytes of keys and values; a warp leaves its float32 sums there
-    row = eight_bits.row_width(head_dim, cached) * cached.itemsize
-    ring = _stages(out.device) * (_THREADS // 32) * 2 * _STEP * row
+    ring = _stages(out.device) * (_THREADS // 32) * _stage_bytes(head_dim, cached)
     cuda_source.launch(
         function,
         (splits, kv_heads, rows),
@@ -206,6 +204,17 @@ def _choose_splits(contexts: int, width: int, device: torch.device) -> int:
     """Blocks enough to fill the card, of at least one block of the cache."""
     splits = min(max(_most_blocks(device) // contexts, 1), width, _MOST_SPLITS)
     return 1 << (splits.bit_length() - 1)
+
+
+def _positions(cached: torch.dtype) -> int:
+    """Of a warp at a time."""
+    return 16 if cached == eight_bits.INT8 else 8
+
+
+def _stage_bytes(head_dim: int, cached: torch.dtype) -> int:
+    """Keys and values of a warp's positions, and their scales; it leaves float32 sums there."""
+    scale = 4 if cached == eight_bits.INT8 else 0
+    return 2 * _positions(cached) * (head_dim * cached.itemsize + scale)
 
 
 def _stages(device: torch.device) -> int:

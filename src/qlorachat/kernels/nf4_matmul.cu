@@ -26,12 +26,6 @@ __device__ __forceinline__ u32 stage_of(u32 base, int number, int bytes) { retur
 // The warps of the product, not the others.
 __device__ __forceinline__ void wait_for_warps() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
 
-// Four matrices of 8 rows by 16 bytes, a row's address a lane: a word of each row lane / 4.
-__device__ __forceinline__ void load_matrices(u32 (&into)[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(into[0]), "=r"(into[1]), "=r"(into[2]), "=r"(into[3]) : "r"(at) : "memory");
-}
-
 template <int P, bool ALIGNED>
 __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside, const u32* pairs, const float* code2,
                                            const u8* x, float* sums, int x_rows) {
@@ -133,7 +127,7 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
           for (int pair = 0; pair < 2; pair++) {
             u32 b[BESIDE][4];
 #pragma unroll
-            for (int c = 0; c < BESIDE; c++) load_matrices(b[c], rows_at[pair] + (i * P + 8 * (first + c)) * 128);
+            for (int c = 0; c < BESIDE; c++) load_matrices<false>(b[c], rows_at[pair] + (i * P + 8 * (first + c)) * 128);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
               const int s = 2 * pair + half;

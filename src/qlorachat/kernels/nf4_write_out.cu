@@ -64,13 +64,6 @@ template <int RANKS> __device__ __forceinline__ void copy_a(const Adapter& adapt
   for (int rank = threadIdx.x / (WIDTH / 2); rank < RANKS; rank += THREADS / (WIDTH / 2))
     copy<4>(to + rank * A_STRIDE + position * 4, from + static_cast<u64>(rank) * m.columns);
 }
-// Of 16 ranks and 16 columns: operand B of two products.
-__device__ __forceinline__ void load_a(u32 (&of)[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(of[0]), "=r"(of[1]), "=r"(of[2]), "=r"(of[3])
-               : "r"(at)
-               : "memory");
-}
 // Of 16 rows and ranks: operand A. Parts are multiples of 16 rows.
 __device__ __forceinline__ void load_b(u32 (&of)[4], const Adapter& adapter, int row, int stop, int rank) {
   const int lane = threadIdx.x & 31;
@@ -117,7 +110,7 @@ __device__ __forceinline__ void write_out(const Matrix& m, const float* code, co
     for (int s = 0; s < STEPS; s++) {
       u32 a[2][4];
 #pragma unroll
-      for (int k = 0; k < 2; k++) load_a(a[k], a_rows + 16 * s * A_STRIDE + g * 64 + k * 32);
+      for (int k = 0; k < 2; k++) load_matrices<true>(a[k], a_rows + 16 * s * A_STRIDE + g * 64 + k * 32);
 #pragma unroll
       for (int half = 0; half < HALVES; half++)
 #pragma unroll

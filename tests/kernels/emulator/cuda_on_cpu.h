@@ -210,6 +210,22 @@ inline uint16_t round_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+inline float float16_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, digits = bits & 1023;
+  float size = exponent ? ldexpf(static_cast<float>(1024 + digits), exponent - 25) : ldexpf(static_cast<float>(digits), -24);
+  if (exponent == 31) size = digits ? NAN : INFINITY;
+  return bits >> 15 ? -size : size;
+}
+inline uint16_t round_float16(float value) {
+  const float size = fabsf(value);
+  const unsigned sign = signbit(value) ? 0x8000 : 0;
+  if (value != value) return 0x7FFF;
+  if (size >= 65520.f) return static_cast<uint16_t>(sign | 0x7C00);
+  const int exponent = size < 6.103515625e-5f ? -14 : ilogbf(size);  // 2^-14
+  const unsigned digits = static_cast<unsigned>(nearbyintf(ldexpf(size, 10 - exponent)));
+  return static_cast<uint16_t>(sign | (digits < 1024 ? digits : (static_cast<unsigned>(exponent + 15) << 10) + digits - 1024));
+}
+
 // ---- warps and blocks
 
 // All lanes of a warp; the last one that comes calls `finish`.
@@ -320,13 +336,13 @@ template <bool TRANSPOSED> void load_matrices(const std::array<uint32_t*, 4>& to
 }
 
 // A of 16 rows: registers of 32 lanes, as mma and wgmma have them.
-inline void unpack_a(float (&a)[16][16], int lane, const uint32_t (&words)[4]) {
+template <float (*VALUE)(uint16_t) = half_value> void unpack_a(float (&a)[16][16], int lane, const uint32_t (&words)[4]) {
   for (int i = 0; i < 4; i++)
     for (int e = 0; e < 2; e++)
-      a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + e] = half_value(static_cast<uint16_t>(words[i] >> (16 * e)));
+      a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + e] = VALUE(static_cast<uint16_t>(words[i] >> (16 * e)));
 }
 
-inline void multiply(const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a,
+template <float (*VALUE)(uint16_t)> void multiply(const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a,
                      const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
   Warp& warp = *now->warp;
   const int lane = now->lane;
@@ -335,9 +351,9 @@ inline void multiply(const std::array<float*, 4>& d, const std::array<uint32_t*,
   collect(MMA, [](Warp& own) {
     float left[16][16], right[8][16];
     for (int l = 0; l < 32; l++) {
-      unpack_a(left, l, own.a[l]);
+      unpack_a<VALUE>(left, l, own.a[l]);
       for (int i = 0; i < 4; i++)
-        right[l / 4][l % 4 * 2 + i / 2 * 8 + i % 2] = half_value(static_cast<uint16_t>(own.b[l][i / 2] >> (i % 2 * 16)));
+        right[l / 4][l % 4 * 2 + i / 2 * 8 + i % 2] = VALUE(static_cast<uint16_t>(own.b[l][i / 2] >> (i % 2 * 16)));
     }
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 4; i++) {
@@ -675,6 +691,17 @@ inline void cvt_rn_bf16x2_f32(uint32_t& to, float high, float low) {
   to = static_cast<uint32_t>(round_bf16(high)) << 16 | round_bf16(low);
 }
 
+inline void cvt_rn_f16x2_f32(uint32_t& to, float high, float low) {
+  to = static_cast<uint32_t>(round_float16(high)) << 16 | round_float16(low);
+}
+inline void sub_f16x2(uint32_t& to, uint32_t a, uint32_t b) {
+  auto of_one = [&](int shift) {
+    const float less = float16_value(static_cast<uint16_t>(b >> shift));
+    return static_cast<uint32_t>(round_float16(float16_value(static_cast<uint16_t>(a >> shift)) - less)) << shift;
+  };
+  to = of_one(16) | of_one(0);
+}
+
 inline void prefetch_global_L2(const void* at) { global(at, 1, "a prefetch"); }
 inline void red_global_add_v2_f32(const void* at, const std::array<float*, 2>& values) {
   float* sums = reinterpret_cast<float*>(global(at, 8, "a reduction"));
@@ -714,7 +741,11 @@ inline void barrier_cluster_wait_aligned() {
 
 inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
     const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a, const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
-  multiply(d, a, b, c);
+  on_cpu::multiply<on_cpu::half_value>(d, a, b, c);
+}
+inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
+    const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a, const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
+  on_cpu::multiply<on_cpu::float16_value>(d, a, b, c);
 }
 #define ON_CPU_WGMMA(N)                                                                                         \
   inline void wgmma_mma_async_sync_aligned_m64n##N##k16_f32_bf16_bf16(                                          \
@@ -904,6 +935,7 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline float __log2f(float x) { return log2f(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return fabsf(b) > 8.5070591730234616e37f && fabsf(b) < INFINITY ? 0.f * a : a / b; }  // 2^126
 inline float __fmul_rn(float a, float b) { return a * b; }
