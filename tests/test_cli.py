@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Thread, Timer
+from time import sleep
 from typing import Any
 
 import pytest
@@ -322,6 +323,26 @@ def test_one_signal_ends_every_frontend(
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert ended == ["hi", "hi"]
+
+
+def test_a_frontend_may_take_its_time_to_end(
+    frontends: list[PortFrontend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    join = Thread.join
+
+    def linger(engine: ChatEngine, options: PortOptions, stop: Event) -> None:
+        assert stop.wait(10)
+        sleep(0.2)
+        ended.append(options.greeting)
+
+    def join_briefly(thread: Thread, timeout: float | None = None) -> None:
+        join(thread, timeout and 0.01)
+
+    monkeypatch.setattr(frontends[1], "serve", linger)
+    monkeypatch.setattr(Thread, "join", join_briefly)
+    assert main(["serve", "--frontend", "alpha", "--frontend", "beta"]) == 0
+    assert ended == ["hi"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")

@@ -1,8 +1,10 @@
 """From prepare to the end: the contract, options, health, a dead engine, and the last answers."""
 
+import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from qlorachat.errors import AddressError, UnknownName
 from qlorachat.plugins import create_manager
 from qlorachat.testing import FakeBackend, check_frontend, fake_engine
 from qlorachat_http.plugin import HttpFrontend, HttpOptions
+from qlorachat_http.service import Service
 
 Serve = Callable[..., str]
 Eventually = Callable[[Callable[[], bool]], None]
@@ -152,6 +155,28 @@ def test_answers_too_long_to_wait_for_end_in_an_error(
     eventually(lambda: backend.running == 0)
     life.thread.join(5)
     assert not life.thread.is_alive()
+
+
+def test_a_busy_loop_does_not_stretch_the_time_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    sleep = asyncio.sleep
+
+    async def late(seconds: float) -> None:
+        naps.append(seconds)
+        time.sleep(0.05)  # noqa: ASYNC251  the loop is busy
+        await sleep(seconds)
+
+    async def drain() -> None:
+        service.active = 1
+        monkeypatch.setattr(asyncio, "sleep", late)
+        await service.drain(0.1)
+
+    monkeypatch.setattr("qlorachat_http.service.POLL_SECONDS", 0.01)
+    with fake_engine() as engine:
+        service = Service(engine, HttpOptions())
+        asyncio.run(drain())
+    assert len(naps) < 40  # of 110 in 1.1 s
+    assert service.ending.is_set()
 
 
 def test_silent_connections_do_not_hold_up_the_end(

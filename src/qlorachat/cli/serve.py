@@ -17,7 +17,7 @@ from qlorachat.protocols import Frontend
 
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 35.0  # what runs may end in this time before we leave anyway
+POLL_SECONDS = 0.2  # a wait without a limit would keep signals from being handled
 
 
 class ServeSettings(EngineSettings):
@@ -73,10 +73,11 @@ def _run(engine: Any, served: Sequence[tuple[Frontend[Any], Any]], stop: threadi
     ]
     for thread in threads:
         thread.start()
-    while not stop.wait(0.2):  # a wait without a limit would keep signals from being handled
+    while not stop.wait(POLL_SECONDS):
         pass
     for thread in threads:
-        thread.join(STOP_SECONDS)
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
     if failures:
         raise EngineError(f"A frontend failed: {failures[0]}") from failures[0]
 

@@ -1,6 +1,7 @@
 """What all requests share: the engine, the names of its models, and whether it is ending."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from time import time
 from typing import Any
@@ -39,10 +40,10 @@ class Service:
         await self._idle(1.0)  # for the last events to be written
 
     async def _idle(self, seconds: float) -> None:
-        for _ in range(int(seconds / POLL_SECONDS)):
-            if self.active == 0:
-                return
-            await asyncio.sleep(POLL_SECONDS)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.active:  # noqa: ASYNC110  a count, no event
+                    await asyncio.sleep(POLL_SECONDS)
 
 
 class ModelNames:
