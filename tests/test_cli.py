@@ -108,6 +108,35 @@ def test_adapters_have_names_or_take_their_folders(tmp_path: Path) -> None:
     assert adapters == {"a": "some/path", "qlora-model": "other/qlora-model/"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "adapters"),
+    [
+        ([""], {}),
+        (["a=one,,b=two"], {"a": "one", "b": "two"}),
+        (["/data/run=3/mine"], {"mine": "/data/run=3/mine"}),
+        (["a=/data/run=3/mine"], {"a": "/data/run=3/mine"}),
+    ],
+)
+def test_adapters_as_people_write_them(arguments: list[str], adapters: dict[str, str]) -> None:
+    flags = [part for argument in arguments for part in ("--adapter", argument)]
+    assert settings(*flags).engine_config().adapters == adapters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["runs/a/out", "runs/b/out"], "`out`, runs/a/out and runs/b/out"),
+        (["x=one", "x=two"], "`x`, one and two"),
+        (["x="], "`x=` has no path"),
+    ],
+)
+def test_no_adapter_takes_anothers_name(arguments: list[str], said: str) -> None:
+    flags = [part for argument in arguments for part in ("--adapter", argument)]
+    with pytest.raises(ConfigError) as caught:
+        settings(*flags).engine_config()
+    assert said in str(caught.value)
+
+
 def test_adapters_of_the_file_come_before_the_flags(tmp_path: Path) -> None:
     file = tmp_path / "qlorachat.toml"
     file.write_text('[adapters]\none = "first"\n')
@@ -155,6 +184,16 @@ def test_an_unknown_environment_variable_is_said(
     assert "did you mean `QLORACHAT_DEVICE`" in capsys.readouterr().err
 
 
+def test_a_frontends_variable_carries_its_name(
+    frontends: list[PortFrontend], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("QLORACHAT_PORT", "8")
+    assert main(["serve", "--frontend", "alpha"]) == 0
+    assert frontends[0].served[0].port == 7
+    said = "QLORACHAT_PORT means nothing here; did you mean `QLORACHAT_ALPHA_PORT`?"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "port"),
     [([], 7), (["--port", "8"], 8), (["--alpha-port", "9"], 9), (["--alpha-port=10"], 10)],
@@ -179,7 +218,7 @@ def test_several_frontends_carry_their_names(
         (2, "environment"),
     ]
     assert main([*both, "--port", "1"]) == 2
-    assert "--port" in capsys.readouterr().err
+    assert "no option `--port`; did you mean `--beta-port`?\n" in capsys.readouterr().err
 
 
 def test_the_file_may_hold_tables_of_frontends_that_are_not_served(
@@ -188,6 +227,28 @@ def test_the_file_may_hold_tables_of_frontends_that_are_not_served(
     file = tmp_path / "qlorachat.toml"
     file.write_text("[beta]\nport = 1\n")
     assert main(["serve", "--frontend", "alpha", "--config", str(file)]) == 0
+
+
+@pytest.mark.parametrize("where", ["file", "text", "environment", "flag"])
+def test_the_file_and_the_environment_may_name_the_frontends(
+    where: str, frontends: list[PortFrontend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {"file": '["alpha"]', "text": '"alpha"'}.get(where, '["beta"]')
+    file = tmp_path / "qlorachat.toml"
+    file.write_text(f"frontend = {named}\n[alpha]\nport = 1\n")
+    if where == "environment":
+        monkeypatch.setenv("QLORACHAT_FRONTEND", "alpha")
+    flags = ["--frontend", "alpha"] if where == "flag" else []
+    assert main(["serve", "--config", str(file), *flags]) == 0
+    assert [len(frontend.served) for frontend in frontends] == [1, 0]
+    assert frontends[0].served[0].port == 1
+
+
+def test_a_file_that_names_no_frontend_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "qlorachat.toml"
+    file.write_text("frontend = 3\n")
+    assert main(["serve", "--config", str(file)]) == 2
+    assert "`frontend` is 3" in capsys.readouterr().err
 
 
 def test_a_frontends_help_comes_from_its_declaration(capsys: Capture) -> None:
@@ -215,6 +276,9 @@ def test_a_busy_port_is_found_before_the_model_loads(capsys: Capture) -> None:
     [
         (["chta"], 2, "did you mean `chat`"),
         (["serve"], 2, "--frontend alpha | beta"),
+        (["serve", "--frontend"], 2, "--frontend: expected one argument"),
+        (["serve", "--frontend", "alpha", "--config"], 2, "--config: expected one argument"),
+        (["render", "--config"], 2, "--config: expected one argument"),
         (["serve", "--frontend", "gama"], 2, "pip install qlorachat-gama"),
         (["serve", "--frontend", "alpha", "--frontend", "alpha"], 2, "once"),
         (["chat", "hi", "--adapter", "no-such-folder"], 2, "no-such-folder"),

@@ -1,7 +1,7 @@
 """`qlorachat serve`: one engine, any number of frontends, ended by one signal."""
 
-import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -11,7 +11,16 @@ from typing import Any
 
 from pydantic import Field
 
-from qlorachat.cli.settings import EngineSettings, parse, plugin_host
+from qlorachat.cli.settings import (
+    PREFIX,
+    EngineSettings,
+    Listed,
+    Parser,
+    file_values,
+    listed,
+    parse,
+    plugin_host,
+)
 from qlorachat.errors import ConfigError, EngineError
 from qlorachat.protocols import Frontend
 
@@ -23,7 +32,7 @@ POLL_SECONDS = 0.2  # a wait without a limit would keep signals from being handl
 class ServeSettings(EngineSettings):
     """Serve one engine through one or more frontends, until Ctrl-C."""
 
-    frontend: list[str] = Field(
+    frontend: Listed = Field(
         default_factory=list, description="which frontend to serve; may be repeated"
     )
 
@@ -99,10 +108,13 @@ def _stop_on_signals() -> threading.Event:
 
 
 def _frontend_names(arguments: Sequence[str]) -> list[str]:
-    """What --frontend says: it decides which other options there are."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--frontend", action="append", default=[])
-    names: list[str] = finder.parse_known_args(list(arguments))[0].frontend
+    """What --frontend, its variable or the file says: it decides which other options there are."""
+    finder = Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--frontend", action="append")
+    flags = finder.parse_known_args(list(arguments))[0].frontend
+    unflagged = os.environ.get(f"{PREFIX}FRONTEND", file_values(arguments).get("frontend"))
+    said = listed(",".join(flags) if flags else unflagged)
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
     if len(set(names)) < len(names):
         raise ConfigError("Each --frontend may be named once.")
     return names

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
@@ -55,16 +55,19 @@ class CommandSettings(BaseSettings):
 S = TypeVar("S", bound=CommandSettings)
 
 
-def _listed(value: object) -> object:
+def listed(value: object) -> object:
     """Flags and the environment give one string, with a comma between items; files give a list."""
-    return value.split(",") if isinstance(value, str) else value
+    return [item for item in value.split(",") if item] if isinstance(value, str) else value
+
+
+Listed = Annotated[list[str], NoDecode, BeforeValidator(listed)]
 
 
 class EngineSettings(EngineConfig, CommandSettings):  # type: ignore[misc]  # their model_config
     """What every command that loads a model understands."""
 
     adapters: CliSuppress[dict[str, str]] = Field(default_factory=dict)
-    adapter: Annotated[list[str], NoDecode, BeforeValidator(_listed)] = Field(
+    adapter: Listed = Field(
         default_factory=list,
         description="[NAME=]PATH of an adapter, a folder or a hub repository; may be repeated; "
         "the name defaults to the folder's",
@@ -73,7 +76,7 @@ class EngineSettings(EngineConfig, CommandSettings):  # type: ignore[misc]  # th
     def engine_config(self) -> EngineConfig:
         """The engine's part of the settings; `--adapter` adds to the file's [adapters]."""
         values = {name: getattr(self, name) for name in EngineConfig.model_fields}
-        values["adapters"] = {**self.adapters, **dict(map(_named_adapter, self.adapter))}
+        values["adapters"] = {**self.adapters, **_named_adapters(self.adapter)}
         return EngineConfig(**values)
 
 
@@ -93,7 +96,7 @@ def parse(
     `known_tables` (frontends that are not served now) may stand in the file.
     """
     chosen = {frontend.name: frontend for frontend in frontends}
-    values = _file_values(arguments, skip=set(known_tables) - set(chosen))
+    values = file_values(arguments, skip=set(known_tables) - set(chosen))
 
     class Layered(settings):  # type: ignore[misc, valid-type]
         @classmethod
@@ -126,7 +129,7 @@ def parse(
         )
         return model(_cli_settings_source=source)
     except SettingsError as error:
-        raise ConfigError(_explain_cli(str(error), model)) from None
+        raise ConfigError(f"{error}.") from None
     except ValidationError as error:
         raise ConfigError(explain(error, model)) from None
 
@@ -142,13 +145,26 @@ def _words(text: str) -> list[str]:
     return [word for word in re.split(r"[,\s]+", text) if word]
 
 
-def _named_adapter(argument: str) -> tuple[str, str]:
-    name, equals, path = argument.partition("=")
-    return (name, path) if equals else (Path(argument).resolve().name, argument)
+def _named_adapters(arguments: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or "/" in name or "\\" in name:  # `=` may stand in a path as well
+            name, path = Path(argument).resolve().name, argument
+        if not path:
+            raise ConfigError(f"The adapter `{argument}` has no path: --adapter {name}=PATH.")
+        if name in named:
+            raise ConfigError(
+                f"Two adapters are called `{name}`, {named[name]} and {path}: give one another "
+                "name, as in --adapter NAME=PATH."
+            )
+        named[name] = path
+    return named
 
 
-def _file_values(arguments: Sequence[str], skip: set[str]) -> dict[str, Any]:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def file_values(arguments: Sequence[str], skip: Collection[str] = ()) -> dict[str, Any]:
+    """What the file of --config or QLORACHAT_CONFIG says, without the tables in `skip`."""
+    finder = Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=os.environ.get(f"{PREFIX}CONFIG"))
     path = finder.parse_known_args(list(arguments))[0].config
     if path is None:
@@ -191,15 +207,20 @@ class _Help(argparse.HelpFormatter):
         return metavar if metavar.startswith("{") else "VALUE"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Complains by raising, so that a mistake is one line like every other."""
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(message)
+        if match := re.search(r"unrecognized arguments: (\S+)", message):
+            word = match.group(1)
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = suggest(word.split("=")[0], (flag for flag in flags if "." not in flag))
+            raise ConfigError(f"There is no option `{word}`{near}")
+        raise ConfigError(message.rstrip(".") + ".")
 
 
 def _parser(command: str, summary: str, epilog: str) -> argparse.ArgumentParser:
-    return _Parser(
+    return Parser(
         prog=f"qlorachat {command}",
         usage=f"qlorachat {command} [options]",
         description=summary,
@@ -209,32 +230,23 @@ def _parser(command: str, summary: str, epilog: str) -> argparse.ArgumentParser:
     )
 
 
-def _explain_cli(message: str, model: type[BaseModel]) -> str:
-    """argparse's complaint as one line, with the nearest flag."""
-    if match := re.search(r"unrecognized arguments: (\S+)", message):
-        word = match.group(1)
-        flags = {f"--{name.replace('_', '-')}" for name in _flat_names(model)}
-        return f"There is no option `{word}`{suggest(word.split('=')[0], flags)}"
-    return message.removeprefix("error parsing CLI: ").rstrip(".") + "."
-
-
-def _flat_names(model: type[BaseModel]) -> set[str]:
-    """Every option's name; a table's options with and without its name."""
-    names: set[str] = set()
+def _variables(model: type[BaseModel]) -> set[str]:
+    """Every option as a variable without PREFIX; a table's options with its name."""
+    names = set(HOST_VARIABLES)
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            inner = set(field.annotation.model_fields)
-            names |= inner | {f"{name}_{option}" for option in inner}
+            names |= {f"{name}_{option}".upper() for option in field.annotation.model_fields}
         else:
-            names.add(field.alias or name)
+            names.add((field.alias or name).upper())
     return names
 
 
 def _warn_of_unknown_variables(model: type[BaseModel], known_tables: Sequence[str]) -> None:
-    known = {name.upper() for name in _flat_names(model)} | HOST_VARIABLES
+    known = _variables(model)
     tables = tuple(f"{name.upper()}_" for name in known_tables)
     for variable in os.environ:
         name = variable.removeprefix(PREFIX)
         if name != variable and name not in known and not name.startswith(tables):
-            near = suggest(variable, {PREFIX + other for other in known})
+            tabled = {other for other in known if other.endswith(f"_{name}")}
+            near = suggest(variable, {PREFIX + other for other in tabled or known})
             print(f"qlorachat: {variable} means nothing here{near}", file=sys.stderr)
