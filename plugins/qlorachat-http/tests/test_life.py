@@ -1,6 +1,7 @@
 """From prepare to the end: the contract, options, health, a dead engine, and the last answers."""
 
 import asyncio
+import math
 import subprocess
 import sys
 import threading
@@ -10,7 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from qlorachat.cli.settings import EngineSettings, parse
 from qlorachat.errors import AddressError, UnknownName
 from qlorachat.plugins import create_manager
 from qlorachat.testing import FakeBackend, check_frontend, fake_engine
@@ -73,6 +76,25 @@ def test_the_contract_of_frontends() -> None:
 def test_the_entry_point() -> None:
     frontends = create_manager(load=["http"]).frontends()
     assert frontends["http"].options is HttpOptions
+
+
+def test_origins_are_a_list_in_the_environment_and_in_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def origins(*flags: str) -> list[str]:
+        settings: Any = parse(EngineSettings, flags, command="serve", frontends=[HttpFrontend()])
+        return list(settings.http.cors_origins)
+
+    monkeypatch.setenv("QLORACHAT_HTTP_CORS_ORIGINS", "http://localhost:3000,http://a.example")
+    assert origins() == ["http://localhost:3000", "http://a.example"]
+    flags = ["--cors-origins", "http://b.example", "--cors-origins", "http://c.example"]
+    assert origins(*flags) == ["http://b.example", "http://c.example"]
+
+
+@pytest.mark.parametrize("seconds", [math.inf, math.nan])
+def test_seconds_are_finite(seconds: float) -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        HttpOptions(drain_seconds=seconds)
 
 
 def test_a_busy_port_is_found_before_the_model_loads(url: str) -> None:

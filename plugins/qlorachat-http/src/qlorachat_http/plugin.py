@@ -4,9 +4,10 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic_settings import NoDecode
 
 from qlorachat import hookimpl
 from qlorachat.errors import ConfigError
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
     from qlorachat import ChatEngine, Frontend
 
 
+def _listed(value: object) -> object:
+    """Flags and the environment give one string, with a comma between items; files give a list."""
+    return [item for item in value.split(",") if item] if isinstance(value, str) else value
+
+
 class HttpOptions(BaseModel):
     """Where the API is served, to whom, and how long a peer may take."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback set a key")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
@@ -33,7 +39,7 @@ class HttpOptions(BaseModel):
     default_adapter: str | None = Field(
         None, description="adapter behind the base's name; the base is then `__base__`"
     )
-    cors_origins: list[str] = Field(
+    cors_origins: Annotated[list[str], NoDecode, BeforeValidator(_listed)] = Field(
         default_factory=list,
         description="web pages' origins that may call, such as http://localhost:3000",
     )
