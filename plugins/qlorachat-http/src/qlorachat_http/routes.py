@@ -83,7 +83,7 @@ def public_routes(service: Service) -> APIRouter:
 def _options(service: Service, body: GenerationBody) -> dict[str, Any]:
     """What the engine is asked for, checked as far as can be without the prompt."""
     adapter = _adapter(service, body)
-    return body.options(service.engine.info.vocab_size) | {"adapter": adapter}
+    return body.options() | {"adapter": adapter}
 
 
 def _adapter(service: Service, body: GenerationBody) -> str | None:

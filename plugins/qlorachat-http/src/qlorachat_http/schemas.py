@@ -157,12 +157,12 @@ class GenerationBody(Body):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def options(self, vocab_size: int) -> dict[str, Any]:
-        """The engine's options, without the adapter; raises ApiError for a wrong token id."""
+    def options(self) -> dict[str, Any]:
+        """The engine's options, without the adapter; raises ApiError for what is no token id."""
         options = {name: getattr(self, name) for name in _SAME_NAME}
         options["max_tokens"] = self.max_tokens
         options["logit_bias"] = self.logit_bias and {
-            _token_id(key, vocab_size): bias for key, bias in self.logit_bias.items()
+            _token_id(key): bias for key, bias in self.logit_bias.items()
         }
         if self.lora and self.lora[0].scale is not None:
             options["adapter_scale"] = self.lora[0].scale
@@ -179,9 +179,9 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    def options(self, vocab_size: int) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """As above, with chat's own words for length and log-probabilities."""
-        options = super().options(vocab_size)
+        options = super().options()
         if self.max_completion_tokens is not None:
             options["max_tokens"] = self.max_completion_tokens
         if self.logprobs:
@@ -198,9 +198,9 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[list[Text], BeforeValidator(_listed)] = Field(min_length=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
-    def options(self, vocab_size: int) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """As above, with the number of log-probabilities."""
-        options = super().options(vocab_size)
+        options = super().options()
         if self.logprobs is not None:
             options["logprobs"] = self.logprobs
         if self.choices * len(self.prompt) > MAX_CHOICES:
@@ -229,8 +229,8 @@ def _misspelt(name: str, meant: str) -> ApiError:
     return ApiError(400, message, code="unknown_parameter", param=shown)
 
 
-def _token_id(key: str, vocab_size: int) -> int:
-    if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
-        message = f"`logit_bias` maps token ids from 0 to {vocab_size - 1}, as strings, to numbers."
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 10):
+        message = "`logit_bias` maps token ids, as strings, to numbers."
         raise ApiError(400, message, code="invalid_value", param="logit_bias")
     return int(key)
