@@ -17,13 +17,13 @@ import pytest
 import torch
 from pydantic import BaseModel, Field
 
-from qlorachat import ChatEngine, Frontend, hookimpl
+from qlorachat import ChatEngine, EngineConfig, Frontend, hookimpl
 from qlorachat.cli import chat as chat_command
 from qlorachat.cli import look
 from qlorachat.cli import serve as serve_command
 from qlorachat.cli.main import COMMANDS, main
 from qlorachat.cli.settings import EngineSettings, parse
-from qlorachat.errors import ConfigError
+from qlorachat.errors import ConfigError, UnknownName
 from qlorachat.listening import listen
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.testing import FakeBackend, FakePlugin
@@ -363,6 +363,32 @@ def test_a_broken_frontend_ends_the_others_and_is_said(
     monkeypatch.setattr(frontends[1], "serve", fail)
     assert main(["serve", "--frontend", "alpha", "--frontend", "beta"]) == 1
     assert "out of luck" in capsys.readouterr().err
+
+
+def test_what_a_frontend_finds_wrong_is_one_line(
+    frontends: list[PortFrontend], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def refuse(engine: ChatEngine, options: PortOptions, stop: Event) -> None:
+        raise UnknownName("adapter", "zundamon", engine.adapters)
+
+    monkeypatch.setattr(frontends[0], "serve", refuse)
+    assert main(["serve", "--frontend", "alpha"]) == 2
+    said = capsys.readouterr().err
+    assert said == "qlorachat: The adapter `zundamon` does not exist; none is known.\n"
+
+
+def test_an_interrupt_while_the_model_loads_leaves_at_once(
+    host: PluginHost, frontends: list[PortFrontend]
+) -> None:
+    class Loading:
+        @hookimpl
+        def open_backend(self, config: EngineConfig) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    host.register(Loading(), "loading")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # an earlier test's serve had its own
+    assert main(["serve", "--frontend", "alpha"]) == 130
+    assert not frontends[0].served
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a signal to this process is POSIX only")

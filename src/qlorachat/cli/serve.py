@@ -21,7 +21,7 @@ from qlorachat.cli.settings import (
     parse,
     plugin_host,
 )
-from qlorachat.errors import ConfigError, EngineError
+from qlorachat.errors import ConfigError, EngineError, QlorachatError
 from qlorachat.protocols import Frontend
 
 log = logging.getLogger(__name__)
@@ -56,23 +56,24 @@ def serve(arguments: Sequence[str]) -> None:
     served = [(frontend, getattr(settings, frontend.name)) for frontend in frontends]
     for frontend, options in served:
         frontend.prepare(options)
-    stop = _stop_on_signals()
     from qlorachat.chat import ChatEngine  # deferred: torch takes seconds, wrong options none
 
     with ChatEngine(settings.engine_config(), plugins=host) as engine:
-        _run(engine, served, stop)
+        _run(engine, served, _stop_on_signals())  # until here Ctrl-C leaves at once
 
 
 def _run(engine: Any, served: Sequence[tuple[Frontend[Any], Any]], stop: threading.Event) -> None:
     """Each frontend on a thread of its own; the first that fails or leaves ends the others."""
-    failures: list[BaseException] = []
+    failures: list[QlorachatError] = []
 
     def run(frontend: Frontend[Any], options: Any) -> None:
         try:
             frontend.serve(engine, options, stop)
+        except QlorachatError as error:
+            failures.append(error)
         except BaseException as error:
             log.exception("the frontend %s failed", frontend.name)
-            failures.append(error)
+            failures.append(EngineError(f"A frontend failed: {error}"))
         finally:
             stop.set()
 
@@ -88,7 +89,7 @@ def _run(engine: Any, served: Sequence[tuple[Frontend[Any], Any]], stop: threadi
         while thread.is_alive():
             thread.join(POLL_SECONDS)
     if failures:
-        raise EngineError(f"A frontend failed: {failures[0]}") from failures[0]
+        raise failures[0]
 
 
 def _stop_on_signals() -> threading.Event:
