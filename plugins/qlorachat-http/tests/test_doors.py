@@ -246,7 +246,7 @@ def test_the_log_holds_no_key_prompt_or_reply(
             response = http.post(address + CHAT, json=canary | fields, headers=bearer(key))
             errors += [response.text] if response.status_code >= 400 else []
     http.get(address + "/v1/models?key=query-canary")
-    http.get(address + "/v1/%0D%0Aforged")
+    http.get(address + "/v1/%0D%0Aforged", headers={"x-forwarded-for": "canary"})
 
     def access() -> list[str]:
         return [it.getMessage() for it in caplog.records if it.name == "qlorachat.http"]

@@ -52,7 +52,13 @@ async def _serve(
 ) -> None:
     # within a loop, for outside of one gradio makes loops that nobody closes
     app = build_app(engine, options)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, ws="none")
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=GRACE,
+        ws="none",
+        proxy_headers=False,  # any caller on this machine could write them
+    )
     await Server(config, options, stop).serve([listener])
 
 

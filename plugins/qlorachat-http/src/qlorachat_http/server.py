@@ -63,6 +63,7 @@ def _config(service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # any caller on this machine could write them
         timeout_keep_alive=math.ceil(options.head_seconds),
         timeout_graceful_shutdown=1,  # after the drain: only what never became a request
     )
