@@ -44,6 +44,20 @@ class Raises:
         raise RuntimeError("no luck")
 
 
+class Nameless:
+    @hookimpl
+    def register_frontends(self, register: Callable[[object], None]) -> None:
+        register("example")
+
+
+class NamedLikeAnOption:
+    @hookimpl
+    def register_frontends(self, register: Callable[[Frontend[Any]], None]) -> None:
+        frontend = Example()
+        frontend.name = "model"
+        register(frontend)
+
+
 class Misspelt:
     @hookimpl
     def register_frontend(self, register: Callable[[Frontend[Any]], None]) -> None: ...
@@ -60,7 +74,13 @@ def errors(host: PluginHost) -> dict[str, str | None]:
 
 @pytest.mark.parametrize(
     ("plugin", "said"),
-    [(Raises(), "no luck"), (Misspelt(), "register_frontend"), (WrongArguments(), "registrar")],
+    [
+        (Raises(), "no luck"),
+        (Nameless(), "no name: str"),
+        (NamedLikeAnOption(), "`model`"),
+        (Misspelt(), "register_frontend"),
+        (WrongArguments(), "registrar"),
+    ],
 )
 def test_a_broken_plugin_costs_the_others_nothing(plugin: object, said: str) -> None:
     host = create_manager(load=())
@@ -81,6 +101,15 @@ def test_two_plugins_offering_one_name_is_an_error_that_names_both() -> None:
         host.frontends()
 
 
+def test_one_object_under_two_names_serves_under_the_first() -> None:
+    host, plugin = create_manager(load=()), Good()
+    host.register(plugin, "good")
+    host.register(plugin, "again")
+    assert set(host.frontends()) == {"example"}
+    assert errors(host)["good"] is None
+    assert "the plugin good" in (errors(host)["again"] or "")
+
+
 def test_an_unknown_frontend_says_what_to_install() -> None:
     host = create_manager(load=())
     host.register(Good(), "good")
@@ -90,10 +119,16 @@ def test_an_unknown_frontend_says_what_to_install() -> None:
 
 def test_entry_points_that_fail_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fails_to_import.py").write_text("raise ImportError('a missing part')\n")
+    (tmp_path / "exits_on_import.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "fails_to_begin.py").write_text("class Plugin:\n    __init__ = None\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     host = create_manager(load=())
     host.load(EntryPoint("fails", "fails_to_import", "qlorachat"))
     host.load(EntryPoint("gone", "no_such_module_at_all", "qlorachat"))
+    host.load(EntryPoint("exits", "exits_on_import", "qlorachat"))
+    host.load(EntryPoint("unbegun", "fails_to_begin:Plugin", "qlorachat"))
+    assert "SystemExit: 3" in (errors(host)["exits"] or "")
+    assert "TypeError" in (errors(host)["unbegun"] or "")
     assert "a missing part" in (errors(host)["fails"] or "")
     assert "no_such_module_at_all" in (errors(host)["gone"] or "")
     assert host.templates()

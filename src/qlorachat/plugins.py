@@ -18,6 +18,8 @@ from qlorachat.tokens import RequestRecord
 
 GROUP = "qlorachat"
 LOAD_SECONDS = 10.0  # a plugin whose import takes longer counts as broken
+# Options of the commands: a frontend's own are a table of its name beside these
+OPTIONS = {*EngineConfig.model_fields, "adapter", "config", "frontend", "question"}
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,9 @@ class PluginHost:
     ) -> None:
         """Add a plugin; one that does not fit the hooks is kept as a broken row instead."""
         source = self._sources[name] = _Source(name, distribution, version)
+        if other := self._manager.get_name(plugin):
+            _mark(source, PluginError(f"it is the same object as the plugin {other}"))
+            return
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
@@ -76,15 +81,12 @@ class PluginHost:
         distribution = entry.dist.name if entry.dist else ""
         version = entry.dist.version if entry.dist else ""
         try:
-            plugin = _within(LOAD_SECONDS, entry.load)
-        except Exception as error:  # whatever a stranger's import raises
-            source = _Source(entry.name, distribution, version, _describe(error))
-            self._sources[entry.name] = source
-            log.warning("plugin %s is broken: %s", entry.name, source.error)
+            plugin = _within(LOAD_SECONDS, lambda: _loaded(entry))
+        except (Exception, SystemExit) as error:  # whatever a stranger's import raises
+            source = self._sources[entry.name] = _Source(entry.name, distribution, version)
+            _mark(source, error)
             return
-        self.register(
-            plugin() if isinstance(plugin, type) else plugin, entry.name, distribution, version
-        )
+        self.register(plugin, entry.name, distribution, version)
 
     def frontends(self) -> dict[str, Frontend[Any]]:
         """Every frontend by name; PluginError when two plugins offer one name."""
@@ -160,6 +162,8 @@ class PluginHost:
         items: list[Any] = []
         try:
             self._alone(plugin, hook)(register=items.append)
+            for item in items:
+                _check_name(item, hook)
         except Exception as error:  # whatever a stranger's hook raises
             self._reject(plugin, self._sources[plugin_name], error)
             return []
@@ -188,8 +192,7 @@ class PluginHost:
     def _reject(self, plugin: object, source: _Source, error: Exception) -> None:
         if self._manager.is_registered(plugin):
             self._manager.unregister(plugin)
-        source.error = _describe(error)
-        log.warning("plugin %s is broken: %s", source.name, source.error)
+        _mark(source, error)
 
 
 def create_manager(
@@ -208,6 +211,24 @@ def create_manager(
     return host
 
 
+def _loaded(entry: EntryPoint) -> object:
+    plugin = entry.load()
+    return plugin() if isinstance(plugin, type) else plugin
+
+
+def _check_name(item: object, hook: str) -> None:
+    name = getattr(item, "name", None)
+    if not isinstance(name, str):
+        raise PluginError(f"what it registers has no name: {type(item).__name__}")
+    if hook == "register_frontends" and name in OPTIONS:
+        raise PluginError(f"its frontend can't be called `{name}`: an option is")
+
+
+def _mark(source: _Source, error: BaseException) -> None:
+    source.error = _describe(error)
+    log.warning("plugin %s is broken: %s", source.name, source.error)
+
+
 def _describe(error: BaseException) -> str:
     """An exception as one line of at most 200 characters."""
     if isinstance(error, QlorachatError):
@@ -219,12 +240,12 @@ def _describe(error: BaseException) -> str:
 def _within(seconds: float, call: Callable[[], object]) -> object:
     """The result of `call`, or TimeoutError: a plugin that hangs must not hang the host."""
     outcome: list[object] = []
-    failure: list[Exception] = []
+    failure: list[BaseException] = []
 
     def run() -> None:
         try:
             outcome.append(call())
-        except Exception as error:
+        except BaseException as error:  # SystemExit as well: it would end this thread unheard
             failure.append(error)
 
     thread = threading.Thread(target=run, name="qlorachat-plugin-import", daemon=True)
