@@ -86,6 +86,11 @@ def host(monkeypatch: pytest.MonkeyPatch, frontends: list[PortFrontend]) -> Plug
     return host
 
 
+def piped(text: str, encoding: str = "utf-8") -> io.TextIOWrapper:
+    """A stdin that holds the text in an encoding, and believes it is ASCII."""
+    return io.TextIOWrapper(io.BytesIO(text.encode(encoding)), "ascii")
+
+
 def settings(*arguments: str) -> EngineSettings:
     return parse(EngineSettings, arguments, command="test")
 
@@ -305,13 +310,47 @@ def test_a_question_prints_the_answer_alone(capsys: Capture) -> None:
 def test_piped_input_prints_the_answer_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("line one\nline two\n"))
+    monkeypatch.setattr("sys.stdin", piped("line one\r\nline two\n"))
     assert main(["chat", "--template", "chatml"]) == 0
     assert capsys.readouterr().out == "line one\nline two\n"
 
 
+def test_piped_input_is_utf8(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr("sys.stdin", piped("クマ"))
+    assert main(["chat", "--template", "chatml"]) == 0
+    assert capsys.readouterr().out == "クマ\n"
+
+
+@pytest.mark.parametrize("command", ["chat", "render"])
+def test_input_in_no_known_encoding_is_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("sys.stdin", piped("クマ", "shift-jis"))
+    assert main([command]) == 2
+    assert capsys.readouterr().err == "qlorachat: stdin is no text in UTF-8: convert it first.\n"
+
+
+def test_letters_that_stdout_lacks_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["chat", "--template", "chatml", "é クマ"]) == 0
+    assert stdout.buffer.getvalue() == "é ??\n".encode("latin-1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        run = [sys.executable, "-m", "qlorachat", "--version"]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        done = subprocess.run(
+            run, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
+    assert done.returncode == 1
+    assert done.stderr == "qlorachat: [Errno 28] No space left on device\n"
+
+
 def test_empty_input_is_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    monkeypatch.setattr("sys.stdin", piped("\n"))
     assert main(["chat"]) == 2
     assert "no question" in capsys.readouterr().err
 

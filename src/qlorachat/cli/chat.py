@@ -7,7 +7,7 @@ from threading import Event
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from qlorachat.cli.settings import EngineSettings, parse, plugin_host
+from qlorachat.cli.settings import EngineSettings, parse, plugin_host, read_stdin
 from qlorachat.errors import ConfigError
 from qlorachat.plugins import PluginHost
 
@@ -36,7 +36,7 @@ def chat(arguments: Sequence[str]) -> None:
 
 def _answer(settings: ChatSettings, host: PluginHost) -> None:
     """Print the answer to one question, and nothing else, on stdout."""
-    question = settings.question or sys.stdin.read().strip()
+    question = settings.question or read_stdin().strip()
     if not question:
         raise ConfigError('There is no question: pass one (qlorachat chat "…") or pipe one in.')
     from qlorachat.chat import ChatEngine  # deferred: torch takes seconds, wrong options none

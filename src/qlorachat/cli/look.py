@@ -1,7 +1,6 @@
 """Commands that look and change nothing: plugins, render, check."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
@@ -9,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from qlorachat.cli.settings import CommandSettings, parse, plugin_host
+from qlorachat.cli.settings import CommandSettings, parse, plugin_host, read_stdin
 from qlorachat.config import DEMO_MODEL
 from qlorachat.errors import AdapterError, ConfigError, DialogError
 from qlorachat.messages import Message, parse_messages
@@ -57,7 +56,7 @@ def plugins(arguments: Sequence[str]) -> None:
 def render(arguments: Sequence[str]) -> None:
     """Run `qlorachat render`."""
     settings = parse(RenderSettings, arguments, command="render")
-    messages = _read_messages(sys.stdin.read())
+    messages = _read_messages(read_stdin())
     # deferred: transformers takes seconds to import, wrong options and messages none
     from qlorachat.checkpoints import locate, read_tokenizer
     from qlorachat.templates import TemplateChoice, build_prompt

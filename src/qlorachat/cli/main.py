@@ -1,11 +1,13 @@
 """The command table, exit codes, and the one place where errors become a line on stderr."""
 
 import importlib
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from qlorachat import __version__
@@ -71,14 +73,21 @@ def main(arguments: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     # torch finds its own context by itself, in the thread of the first backward pass
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may lack what a model writes
+        sys.stdout.reconfigure(errors="replace")
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
     except QlorachatError as error:
         print(f"qlorachat: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does
+            print(f"qlorachat: {error}", file=sys.stderr)
+        with suppress(OSError):
+            sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

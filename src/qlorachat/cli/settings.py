@@ -1,12 +1,14 @@
 """Flags, environment, file and defaults of a command, in that order, from one declaration."""
 
 import argparse
+import io
 import logging
 import os
 import re
 import sys
 import tomllib
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
@@ -23,7 +25,7 @@ from pydantic_settings import (
 )
 
 from qlorachat.config import EngineConfig, explain
-from qlorachat.errors import ConfigError, suggest
+from qlorachat.errors import ConfigError, DialogError, suggest
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.protocols import Frontend
 
@@ -132,6 +134,15 @@ def parse(
         raise ConfigError(f"{error}.") from None
     except ValidationError as error:
         raise ConfigError(explain(error, model)) from None
+
+
+def read_stdin() -> str:
+    """All of stdin, in UTF-8 or else in the console's encoding; DialogError for neither."""
+    data = sys.stdin.buffer.read()
+    for encoding in ("utf-8", sys.stdin.encoding):
+        with suppress(UnicodeDecodeError):
+            return io.TextIOWrapper(io.BytesIO(data), encoding).read()
+    raise DialogError("stdin is no text in UTF-8: convert it first.")
 
 
 def plugin_host() -> PluginHost:
