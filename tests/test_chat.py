@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlorachat import ChatEngine, FinishReason, Message, RequestRecord, hookimpl
+from qlorachat import ChatEngine, FinishReason, Message, RequestRecord, TokenLogprob, hookimpl
 from qlorachat.adapters.card import AdapterCard, write_card
 from qlorachat.config import EngineConfig
 from qlorachat.errors import (
@@ -80,6 +80,27 @@ def test_max_tokens_ends_with_length_and_an_end_of_turn_on_the_last_token_with_s
     with fake_engine() as engine:
         assert engine.chat("Hello", max_tokens=3).finish_reason is FinishReason.LENGTH
         assert engine.chat("Hello", max_tokens=6).finish_reason is FinishReason.STOP
+
+
+def test_what_the_fake_cannot_answer_ends_that_request_alone() -> None:
+    def answer(request: TokenRequest, prompt: str) -> str:
+        assert "good" in prompt, "no good prompt"
+        return "fine"
+
+    backend = FakeBackend(answer)
+    with fake_engine(backend) as engine:
+        with pytest.raises(EngineError, match="no good prompt"):
+            engine.chat("bad")
+        assert backend.running == 0
+        assert engine.chat("good").text == "fine"
+
+
+def test_the_fake_reports_log_probabilities_that_are_asked_for() -> None:
+    with fake_engine() as engine:
+        told = engine.chat("Hi", logprobs=2).logprobs
+        assert told[0] == TokenLogprob("H", 0.0, (("H", 0.0),))
+        assert not engine.chat("Hi").logprobs
+        assert engine.score("abc").logprobs == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("stop", ["lo w", ["x", "lo w"]])

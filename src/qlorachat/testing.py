@@ -122,7 +122,14 @@ class FakeBackend:
     def _run(
         self, request: TokenRequest, sink: Callable[[TokenEvent], None], stop: threading.Event
     ) -> None:
-        text = self._answer(request, self.tokenizer.decode(request.prompt))
+        try:
+            text = self._answer(request, self.tokenizer.decode(request.prompt))
+        except Exception as failure:  # a test's assertion, say: nobody may wait for more
+            with self._lock:
+                del self._running[request.request_id]
+            wrong = EngineError(f"answer raised {failure!r}")
+            self._send(sink, TokenEvent(request.request_id, error=wrong), stop)
+            return
         ids = [*self.tokenizer.encode(text)[0], 257]
         last = min(len(ids), request.sampling.max_tokens) - 1
         for index, token_id in enumerate(ids[: last + 1]):
@@ -133,7 +140,7 @@ class FakeBackend:
             finish = None
             if index == last:
                 finish = FinishReason.STOP if token_id == 257 else FinishReason.LENGTH
-            self._send(sink, TokenEvent(request.request_id, token_id, finish), stop)
+            self._send(sink, _certain(request, index, token_id, finish), stop)
         with self._lock:
             del self._running[request.request_id]
         if stop.is_set():
@@ -148,6 +155,21 @@ class FakeBackend:
             sink(event)
         except RuntimeError:  # its event loop is closed: nobody listens any more
             stop.set()
+
+
+def _certain(
+    request: TokenRequest, index: int, token_id: int, finish: FinishReason | None
+) -> TokenEvent:
+    """The event of one token, which was as good as certain to those who ask."""
+    count, scored = request.sampling.logprobs, request.prompt_logprobs and index == 0
+    return TokenEvent(
+        request.request_id,
+        token_id,
+        finish,
+        logprob=None if count is None else 0.0,
+        top=((token_id, 0.0),) if count else (),
+        prompt_logprobs=(0.0,) * (len(request.prompt) - 1) if scored else (),
+    )
 
 
 class FakePlugin:
