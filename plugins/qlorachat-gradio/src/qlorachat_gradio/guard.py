@@ -59,7 +59,7 @@ class Guard:
         if self._hosts is not None and _name(host) not in self._hosts:
             return PlainTextResponse("This page is not served under that name.", 403)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return PlainTextResponse("This page answers no other site.", 403)
         if not self._admitted(headers.get("authorization", "")):
             challenge = {"WWW-Authenticate": 'Basic realm="qlorachat", charset="UTF-8"'}
