@@ -12,6 +12,7 @@ import pytest
 from gradio_client import Client  # type: ignore[import-untyped]
 from pydantic import SecretStr
 
+from qlorachat import RequestRecord, hookimpl
 from qlorachat.errors import AddressError, ConfigError
 from qlorachat.plugins import create_manager
 from qlorachat.testing import FakeBackend, check_frontend, fake_engine
@@ -101,7 +102,9 @@ def test_on_loopback_only_its_own_names_answer(resident: str, host: str, status:
     assert httpx.get(resident, headers={"Host": host}).status_code == status
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1.evil.example"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1.evil.example", "http://[", ""]
+)
 def test_other_sites_are_refused(resident: str, origin: str) -> None:
     for method, path in [("GET", "config"), ("POST", "gradio_api/queue/join"), ("OPTIONS", "")]:
         reply = httpx.request(method, resident + path, headers={"Origin": origin}, json={})
@@ -151,6 +154,28 @@ def test_gradios_own_client_chats(serve: Serve) -> None:
         _, chat, status, *_ = client.predict("hello", temperature=0.5, api_name="/chat")
         assert [turn["content"][0]["text"] for turn in chat] == ["hello", "hello"]
         assert "tokens/s" in status
+
+
+def test_gradios_own_client_names_an_adapter(serve: Serve, make_adapter: MakeAdapter) -> None:
+    records: list[RequestRecord] = []
+    host = create_manager(load=())
+    host.register(Observer(records), "observer")
+    with fake_engine(plugins=host, adapters={"mine": make_adapter("mine", 4, 4)}) as engine:
+        client = Client(serve(engine), verbose=False)
+        client.predict("hello", adapter="mine", api_name="/chat")
+        client.predict("hello", api_name="/chat")
+    assert [record.adapter for record in records] == ["mine", None]
+
+
+class Observer:
+    """Keeps what is said of finished requests."""
+
+    def __init__(self, records: list[RequestRecord]) -> None:
+        self._records = records
+
+    @hookimpl
+    def request_finished(self, record: RequestRecord) -> None:
+        self._records.append(record)
 
 
 def test_a_full_context_can_forget_its_oldest_turns(serve: Serve) -> None:

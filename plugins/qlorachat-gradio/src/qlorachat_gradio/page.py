@@ -90,8 +90,9 @@ def _chat() -> Chat:
 
 
 def _settings(engine: ChatEngine) -> dict[str, Any]:
+    names = [(name, name) for name in engine.adapters]  # what a caller of /chat may name
     adapter = gr.Dropdown(
-        [("", BASE)], value=BASE, label=I18N("adapter"), info=I18N("adapter_info")
+        [("", BASE), *names], value=BASE, label=I18N("adapter"), info=I18N("adapter_info")
     )
     strength = gr.Slider(
         0,
