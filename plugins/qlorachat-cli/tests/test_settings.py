@@ -9,6 +9,8 @@ from qlorachat import SamplingParams
 from qlorachat.errors import UsageError
 from qlorachat_cli.settings import NAMES, SAMPLING_FIELDS, change, checked, in_force
 
+VOCABULARY = 258
+
 VALUES = {
     "temperature": ("0.2", 0.2),
     "top_p": ("1", 1),
@@ -33,9 +35,9 @@ def test_every_sampling_field_is_a_setting() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_a_setting_is_set_and_taken_back(name: str) -> None:
     text, value = VALUES[name]
-    settings = change({}, f"{name}={text}")
+    settings = change({}, f"{name}={text}", VOCABULARY)
     assert settings == {name: value}
-    assert change(settings, f"{name}=default") == {}
+    assert change(settings, f"{name}=default", VOCABULARY) == {}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_a_setting_is_set_and_taken_back(name: str) -> None:
     ],
 )
 def test_several_at_once(assignments: str, settings: dict[str, Any]) -> None:
-    assert change({"seed": 1}, assignments) == settings
+    assert change({"seed": 1}, assignments, VOCABULARY) == settings
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,7 @@ def test_several_at_once(assignments: str, settings: dict[str, Any]) -> None:
         ("logit_bias=5", "logit_bias maps token ids to"),
         ('logit_bias={"a": 1}', "logit_bias maps token ids to"),
         ('logit_bias={"1": 500}', "logit_bias maps token ids to"),
+        ('logit_bias={"1": 5, "258": 5}', "the token id 258; the model's are 0 to 257."),
         ("adapter_scale=3", "adapter_scale is a number from 0 to 2, not 3."),
         ("overflow=maybe", "overflow is one of error, drop_oldest_turns, not 'maybe'."),
         ("overflow=[1]", "overflow is one of error, drop_oldest_turns, not [1]."),
@@ -73,7 +76,7 @@ def test_several_at_once(assignments: str, settings: dict[str, Any]) -> None:
 )
 def test_what_is_wrong_is_one_line(assignments: str, message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        change({}, assignments)
+        change({}, assignments, VOCABULARY)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -81,7 +84,7 @@ def test_what_is_wrong_is_one_line(assignments: str, message: str) -> None:
 def test_a_failed_change_changes_nothing() -> None:
     settings = {"seed": 1}
     with pytest.raises(UsageError):
-        change(settings, "seed=2 temperature=9")
+        change(settings, "seed=2 temperature=9", VOCABULARY)
     assert settings == {"seed": 1}
 
 

@@ -118,7 +118,7 @@ def _adapter(conversation: Conversation, argument: str, desk: Desk) -> Outcome:
 
 def _set(conversation: Conversation, argument: str, desk: Desk) -> Outcome:
     if argument:
-        changed = settings.change(conversation.settings, argument)
+        changed = settings.change(conversation.settings, argument, desk.info.vocab_size)
         conversation = replace(conversation, settings=changed)
     values = settings.in_force(conversation.settings, desk.info.sampling)
     names = conversation.settings if argument else values

@@ -15,7 +15,7 @@ SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 OVERFLOW = get_args(EngineConfig.model_fields["overflow"].annotation)
 
 
-def change(settings: Mapping[str, Any], assignments: str) -> dict[str, Any]:
+def change(settings: Mapping[str, Any], assignments: str, vocab_size: int) -> dict[str, Any]:
     """The settings after `temperature=0.2 seed=default`; UsageError names what is wrong."""
     changed = dict(settings)
     for assignment in re.split(r"\s+(?=\w+\s*=)", assignments.strip()):
@@ -26,6 +26,8 @@ def change(settings: Mapping[str, Any], assignments: str) -> dict[str, Any]:
             changed.pop(_known(name), None)
         else:
             changed[name] = checked(name, _value(text))
+            if name == "logit_bias":
+                _check_ids(changed[name], vocab_size)
     return changed
 
 
@@ -79,6 +81,13 @@ def _logit_bias(value: Any) -> dict[int, float]:
         ) from None
     SamplingParams(logit_bias=biases)
     return biases
+
+
+def _check_ids(biases: Mapping[int, float], vocab_size: int) -> None:
+    if biases and max(biases) >= vocab_size:
+        raise UsageError(
+            f"logit_bias has the token id {max(biases)}; the model's are 0 to {vocab_size - 1}."
+        )
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
