@@ -140,7 +140,7 @@ def test_no_color_is_honoured_and_japanese_is_spoken(tmp_path: Path) -> None:
         someone.types("/nothing\r")
         someone.sees("does not exist")
         someone.types("クマ\r")
-        someone.sees("トークン/秒 · stop")
+        someone.sees("トークン/秒 · 完了")
         assert _COLOURS.findall(someone.raw) == []
         someone.types("\x04")
         someone.sees("the process went on")

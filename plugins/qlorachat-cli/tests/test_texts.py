@@ -1,11 +1,16 @@
 """The two languages say the same things, and fit the screen."""
 
+import re
 import string
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
 
+from qlorachat import FinishReason
+from qlorachat.testing import fake_engine
 from qlorachat_cli.commands import COMMANDS
+from qlorachat_cli.tally import speed_lines
 from qlorachat_cli.texts import ENGLISH, JAPANESE, Texts, choose_texts
 
 COLUMNS = 80
@@ -19,6 +24,14 @@ def test_both_have_the_same_keys_and_fields() -> None:
     assert {key: fields(text) for key, text in ENGLISH.items()} == {
         key: fields(text) for key, text in JAPANESE.items()
     }
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_the_japanese_speed_has_no_english_word(reason: FinishReason) -> None:
+    with fake_engine() as engine:
+        reply = replace(engine.chat("Hi"), finish_reason=reason)
+        line = speed_lines(reply, engine.info, JAPANESE).splitlines()[0]
+    assert not re.search("[a-z]", line)
 
 
 @pytest.mark.parametrize("texts", [ENGLISH, JAPANESE])

@@ -38,7 +38,7 @@ def speed_lines(reply: Reply, info: ModelInfo, texts: Texts) -> str:
         tokens=usage.completion_tokens,
         seconds=timings.first_token + timings.decode,
         rate=timings.tokens_per_second,
-        reason=reply.finish_reason,
+        reason=texts[reply.finish_reason],
     )
     lines = [speed]
     if reply.finish_reason is FinishReason.LENGTH:

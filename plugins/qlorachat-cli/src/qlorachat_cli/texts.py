@@ -41,6 +41,9 @@ ENGLISH: Texts = {
     "loaded.adapter": "Its adapter {name} is not loaded here: answers come from {current}.",
     "base": "the base model",
     "speed": "{tokens} tokens · {seconds:.1f} s · {rate:.1f} tokens/s · {reason}",
+    "stop": "stop",
+    "length": "length",
+    "aborted": "aborted",
     "cut": "The answer was cut at max_tokens={tokens}: /set max_tokens={more} and /retry for more.",
     "full": "The context of {context} tokens is full: the answer was cut there.",
     "dropped": "{count} of the oldest messages were left out to fit the context.",
@@ -85,6 +88,9 @@ JAPANESE: Texts = {
     "loaded.adapter": "アダプター {name} は読み込まれていません。{current}で回答します。",
     "base": "ベースモデル",
     "speed": "{tokens} トークン · {seconds:.1f} 秒 · {rate:.1f} トークン/秒 · {reason}",
+    "stop": "完了",
+    "length": "長さの上限",
+    "aborted": "中断",
     "cut": "max_tokens={tokens} で打ち切りました。/set max_tokens={more} の後 /retry をどうぞ。",
     "full": "コンテキスト（{context} トークン）が一杯になり、回答を打ち切りました。",
     "dropped": "コンテキストに収めるため、古いメッセージ {count} 件を省きました。",
@@ -93,7 +99,8 @@ JAPANESE: Texts = {
     "stats.adapter": "アダプター: {name}",
     "stats.context": "コンテキスト: 前回の回答で {used} / {context} トークン",
     "stats.answers": "回答: {answers} 件 · {tokens} トークン · {rate:.1f} トークン/秒",
-    "stats.last": "前回の回答: {tokens} トークン · 最初まで {first:.2f} 秒 · {rate:.1f} 個/秒",
+    "stats.last": "前回の回答: {tokens} トークン · 最初まで {first:.2f} 秒 · "
+    "{rate:.1f} トークン/秒",
 }
 
 
