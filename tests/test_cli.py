@@ -404,6 +404,19 @@ def test_a_broken_frontend_ends_the_others_and_is_said(
     assert "out of luck" in capsys.readouterr().err
 
 
+def test_what_the_system_refuses_a_frontend_is_one_line(
+    frontends: list[PortFrontend], monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    def prepare(options: PortOptions) -> None:
+        (tmp_path / "missing" / "file").touch()
+
+    monkeypatch.setattr(frontends[0], "prepare", prepare)
+    assert main(["serve", "--frontend", "alpha"]) == 1
+    said = capsys.readouterr().err
+    assert "No such file" in said
+    assert said.count("\n") == 1
+
+
 def test_what_a_frontend_finds_wrong_is_one_line(
     frontends: list[PortFrontend], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
