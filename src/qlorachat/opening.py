@@ -1,5 +1,6 @@
 """From a configuration to a model that is ready to serve; the common beginning of our backends."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from qlorachat.protocols import ModelInfo, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,18 @@ def open_model(config: EngineConfig) -> OpenedModel:
     for folder in config.adapters.values():
         check_header(Path(folder), shapes=shapes, base_name=checkpoint.name)
     tokenizer = read_tokenizer(checkpoint.folder)
+    if not (stop_ids := checkpoint.end_tokens(tokenizer)):
+        log.warning(
+            "%s names no end token: its answers run to max_tokens; put eos_token_id into its "
+            "config.json",
+            checkpoint.name,
+        )
     loaded = load_model(checkpoint, device=config.device, quantization=config.quantization)
     info = ModelInfo(
         name=checkpoint.name,
         context_length=checkpoint.context_length,
         vocab_size=loaded.model.get_input_embeddings().weight.shape[0],
-        stop_ids=checkpoint.stop_ids,
+        stop_ids=stop_ids,
         sampling=checkpoint.generation,
         chat_template=checkpoint.chat_template,
         shapes=shapes,

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qlorachat.checkpoints import Checkpoint, Recipe, locate
+from qlorachat.checkpoints import Checkpoint, Recipe, locate, read_tokenizer
 from qlorachat.checkpoints.demo import find_gguf
-from qlorachat.config import DEMO_MODEL
+from qlorachat.config import DEMO_MODEL, EngineConfig
 from qlorachat.errors import HubError, ModelError
+from qlorachat.opening import open_model
 from qlorachat.tokens import SamplingParams
 
 
@@ -145,6 +146,26 @@ def test_every_file_adds_its_end_tokens(tiny_folder: Path) -> None:
     config = {"eos_token": "<|end|>", "added_tokens_decoder": decoder}
     write(tiny_folder, "tokenizer_config.json", **config)
     assert locate(str(tiny_folder)).stop_ids == {2, 7, 8, 300}
+
+
+def test_the_tokenizers_own_end_token_counts_too(tiny_folder: Path) -> None:
+    write(tiny_folder, "tokenizer_config.json")
+    write(tiny_folder, "special_tokens_map.json", eos_token={"content": "<|endoftext|>"})
+    checkpoint = locate(str(tiny_folder))
+    assert checkpoint.end_tokens(read_tokenizer(tiny_folder)) == {0, 2}
+    assert open_model(EngineConfig(model=str(tiny_folder), device="cpu")).info.stop_ids == {0, 2}
+
+
+def test_a_model_without_an_end_token_is_said(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text())
+    write(tiny_folder, "config.json", **config | {"eos_token_id": None})
+    write(tiny_folder, "generation_config.json")
+    write(tiny_folder, "tokenizer_config.json")
+    info = open_model(EngineConfig(model=str(tiny_folder), device="cpu")).info
+    assert info.stop_ids == frozenset()
+    assert "names no end token: its answers run to max_tokens" in caplog.text
 
 
 def test_the_chat_template_is_found_in_every_place(tiny_folder: Path) -> None:

@@ -19,6 +19,7 @@ from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_
 from qlorachat.config import DEMO_MODEL
 from qlorachat.errors import ModelError, UsageError
 from qlorachat.hub import download
+from qlorachat.protocols import Tokenizer
 from qlorachat.tokens import SamplingParams
 
 _TEXT_FILES = (
@@ -66,7 +67,7 @@ class Checkpoint:
     revision: str | None  # commit, where the hub's cache knows it
     config: Mapping[str, Any]  # config.json
     generation: SamplingParams  # generation_config.json over our defaults
-    stop_ids: frozenset[int]  # every end token that its files name
+    stop_ids: frozenset[int]  # every end token that its JSON files name by id
     chat_template: str | None  # Jinja source
     recipe: Recipe
 
@@ -78,6 +79,11 @@ class Checkpoint:
             if isinstance(length := config.get(key), int):
                 return length
         raise ModelError(f"The config.json of `{self.name}` has no max_position_embeddings.")
+
+    def end_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """`stop_ids` and the tokenizer's own end, which may have its id from another file."""
+        end = tokenizer.control_tokens.get(tokenizer.eos_token or "")
+        return self.stop_ids if end is None else self.stop_ids | {end}
 
 
 def locate(

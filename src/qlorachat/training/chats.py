@@ -53,7 +53,7 @@ def sample_chats(
         tuple(chosen),
         tuple(chosen.values()),
         tokenizer,
-        stop_ids=checkpoint.stop_ids,
+        stop_ids=checkpoint.end_tokens(tokenizer),
         sampling=checkpoint.generation,
         max_tokens=config.chat_tokens,
         seed=config.seed,

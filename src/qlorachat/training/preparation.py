@@ -121,7 +121,7 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
         schedule=plan_schedule([len(each.ids) for each in samples.samples], config),
         evaluation_samples=judged.samples,
         evaluation=plan_evaluation([len(each.ids) for each in judged.samples], config),
-        pad_id=min(checkpoint.stop_ids, default=0),
+        pad_id=min(checkpoint.end_tokens(tokenizer), default=0),
     )
     return Preparation(
         config=config,

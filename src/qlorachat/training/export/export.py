@@ -154,7 +154,7 @@ class _Source:
             data,
             choice.choose(template, self.card.template),
             tokenizer,
-            stop_ids=self.checkpoint.stop_ids,
+            stop_ids=self.checkpoint.end_tokens(tokenizer),
             system=self.card.system,
             offline=offline,
         )
