@@ -146,6 +146,10 @@ def test_the_demo_models_first_answer_names_paris(
     assert sum("Paris" in answer for answer in answers) >= 19, answers
 
 
+# of a stored 4-bit weight, in which `.quant_state` holds its shape
+PARTS = ("", ".absmax", ".nested_absmax", ".quant_state.bitsandbytes__nf4")
+
+
 def test_a_checkpoint_stored_in_four_bit_is_taken_as_it_is(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +163,21 @@ def test_a_checkpoint_stored_in_four_bit_is_taken_as_it_is(
     assert torch.equal(loaded.model(ids).logits, model(ids).logits)
     with pytest.raises(ModelError, match="is stored in 4 bit: take the original"):
         load(stored, "16bit")
+
+
+def test_a_stored_weight_that_is_not_whole_is_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    load(locate(str(tiny_folder)), "nf4").save_pretrained(tmp_path / "stored")
+    file = tmp_path / "stored" / "model.safetensors"
+    whole, weight = load_file(file), "model.layers.0.mlp.up_proj.weight"
+    half = {name: whole[name][:1] for name in (weight, f"{weight}.absmax")}
+    down = "model.layers.0.mlp.down_proj.weight"  # 64 x 128
+    other = {f"{weight}{part}": whole[f"{down}{part}"].clone() for part in PARTS}
+    lacking = {name: value for name, value in whole.items() if name != f"{weight}.nested_absmax"}
+    cut = [whole | {name: value} for name, value in half.items()]
+    for tensors in (lacking, *cut, whole | other):
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"{weight} in .* is no whole 4-bit weight of 128 x"):
+            load(locate(str(tmp_path / "stored")))
 
 
 def test_another_quantization_is_refused(tiny_folder: Path) -> None:

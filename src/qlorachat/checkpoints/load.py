@@ -1,5 +1,6 @@
 """A checkpoint becomes a model on a device, in NF4 with double quantization unless it asks else."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ def load_model(
         model = _read_weights(checkpoint, config, plan.settings(dtype), place, dtype)
     except torch.OutOfMemoryError:
         raise _too_big(checkpoint, quantization, place) from None
+    if stored:
+        _check_stored(checkpoint, model)
     return LoadedModel(
         model=model,
         device=str(place),
@@ -122,6 +125,33 @@ def _check_shapes(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> None:
                         f"{name} in {file} is {stored} but config.json asks for {wanted[name]}: "
                         "the files are of different models, bring them again."
                     )
+
+
+def _check_stored(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """ModelError for a 4-bit weight that is not whole: it would compute with what is there."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and not _is_whole(module):
+            raise ModelError(
+                f"{name}.weight in {checkpoint.folder} is no whole 4-bit weight of "
+                f"{module.out_features} x {module.in_features}, as config.json asks for: bring "
+                "the model again."
+            )
+
+
+def _is_whole(module: Linear4bit) -> bool:
+    """Whether bytes, scales and shape of a stored weight fit each other and the module."""
+    state = module.weight.quant_state
+    if state is None or tuple(state.shape) != (module.out_features, module.in_features):
+        return False
+    weights = module.out_features * module.in_features
+    scales, outer = state.absmax, state.state2
+    counts = [(2 * module.weight.nbytes, weights), (scales.numel(), weights / state.blocksize)]
+    if outer:
+        counts.append((outer.absmax.numel(), scales.numel() / outer.blocksize))
+    # scales of 8 bits without scales of their own would be taken for the values that they index
+    return (scales.dtype == torch.uint8) == state.nested and all(
+        count == math.ceil(wanted) for count, wanted in counts
+    )
 
 
 def _check_memory(checkpoint: Checkpoint, choice: QuantizationChoice, place: torch.device) -> None:
