@@ -1,6 +1,7 @@
 """Both backends on the real demo model keep the same promises: answers, adapters, ends, deaths."""
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,10 @@ import torch
 from qlorachat import ChatEngine, FinishReason, Reply
 from qlorachat.config import BackendChoice
 from qlorachat.engine.backend import PagedBackend
-from qlorachat.errors import AdapterError, ConfigError, EngineError, QueueFull
+from qlorachat.errors import AdapterError, ConfigError, EngineError, ModelError, QueueFull
 from qlorachat.reference import TransformersBackend
 from tests.near_ties import LOGPROBS, assert_same
+from tests.tiny import write_folder
 from tests.trained import QUESTION, SENTENCE
 
 pytestmark = pytest.mark.model
@@ -315,3 +317,10 @@ def test_transformers_have_no_8_bits() -> None:
     with pytest.raises(ConfigError, match="leave kv_cache at auto") as refused:
         ChatEngine("smollm2", backend="transformers", kv_cache="int8")
     assert refused.value.param == "kv_cache"
+
+
+def test_a_wrong_config_is_one_line(tmp_path: Path) -> None:
+    file = write_folder(tmp_path, layers=1) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_scaling": "dynamic"}))
+    with pytest.raises(ModelError, match=r"config\.json of .* is wrong \(.*rope_parameters"):
+        ChatEngine(tmp_path, device="cpu")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlorachat.adapters import Adapter, read_adapter
 from qlorachat.checkpoints import locate
+from qlorachat.checkpoints.architecture import read_config
 from qlorachat.config import EngineConfig
 from qlorachat.engine.backend import PagedBackend, unservable
 from qlorachat.errors import ConfigError
@@ -38,7 +39,7 @@ def _obstacles(config: EngineConfig, adapters: Mapping[str, Adapter]) -> Iterato
     checkpoint = locate(
         config.model, revision=config.revision, offline=config.offline, weights=False
     )
-    if reason := unsupported(checkpoint.config):
+    if reason := unsupported(read_config(checkpoint)):
         yield f"{checkpoint.name}: {reason}"
     for name, adapter in adapters.items():
         if reason := unservable(adapter):

@@ -7,7 +7,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from qlorachat.errors import ModelError
 from qlorachat.model import (
@@ -120,21 +126,23 @@ def test_logits_are_those_of_transformers(kind: str) -> None:
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "gelu"),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"model_type": "llama", "pretraining_tp": 2}, "pretraining_tp"),
         (
             {"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768},
             "sliding window",
         ),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding window of 4096"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding window"),
     ],
 )
 def test_what_it_cannot_serve_is_said(config: dict[str, Any], said: str) -> None:
-    assert said in (unsupported(config) or "")
+    assert said in (unsupported(CONFIG_MAPPING[config["model_type"]].from_dict(config)) or "")
 
 
 def test_the_families_it_serves_are_not_refused() -> None:
     for kind in (*VARIANTS, "mistral"):
-        assert unsupported(build(kind).config.to_dict()) is None
+        assert unsupported(build(kind).config) is None
 
 
 def quantized(rows: int, columns: int, *, nested: bool) -> Linear4bit:

@@ -1,7 +1,6 @@
 """Which checkpoints this forward pass computes exactly as transformers does; all else is said."""
 
-from collections.abc import Mapping
-from typing import Any
+from transformers import PreTrainedConfig
 
 from qlorachat.model.lora import GROUPS
 
@@ -9,18 +8,21 @@ MODEL_TYPES = {"llama", "mistral"}
 ROPE_TYPES = {"default", "linear", "llama3"}  # tables that depend on the position alone
 
 
-def unsupported(config: Mapping[str, Any]) -> str | None:
-    """Why a config.json can't be served here, in a few words; None when it can."""
-    if (model_type := config.get("model_type")) not in MODEL_TYPES:
-        return f"its model type is {model_type}"
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        return f"its activation is {activation}"
-    if (rope := _rope_type(config)) not in ROPE_TYPES:
+def unsupported(config: PreTrainedConfig) -> str | None:
+    """Why a model can't be served here, in a few words; None when it can.
+
+    `config` is transformers' reading of config.json, with its defaults for keys that are absent.
+    """
+    if config.model_type not in MODEL_TYPES:
+        return f"its model type is {config.model_type}"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    if (rope := config.rope_parameters["rope_type"]) not in ROPE_TYPES:
         return f"its rope type is {rope}"
-    window = config.get("sliding_window")
-    if window is not None and window < config["max_position_embeddings"]:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
         return f"its attention has a sliding window of {window} tokens"
-    if config.get("pretraining_tp", 1) != 1:
+    if getattr(config, "pretraining_tp", 1) != 1:
         return "it splits its layers (pretraining_tp)"
     for modules in GROUPS.values():
         kept = [module for module in modules if _stays_in_16_bit(config, module)]
@@ -29,13 +31,8 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _stays_in_16_bit(config: Mapping[str, Any], module: str) -> bool:
+def _stays_in_16_bit(config: PreTrainedConfig, module: str) -> bool:
     """Whether a checkpoint that is stored in 4 bit leaves it out, in one layer at least."""
-    stored = config.get("quantization_config") or {}
+    stored = getattr(config, "quantization_config", None) or {}
     own = module.rpartition(".")[2]
     return any(name.rpartition(".")[2] == own for name in stored.get("llm_int8_skip_modules") or ())
-
-
-def _rope_type(config: Mapping[str, Any]) -> str:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "default")
