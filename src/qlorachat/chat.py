@@ -376,9 +376,9 @@ def _resolve(config: EngineConfig, plugins: PluginHost) -> EngineConfig:
     if model is None and folders:
         model, named_revision = base_model_of(Path(next(iter(folders.values()))))
         revision = revision or named_revision
-    return config.model_copy(
-        update={"adapters": folders, "model": model or DEMO_MODEL, "revision": revision}
-    )
+    if model is None:
+        model = DEMO_MODEL
+    return config.model_copy(update={"adapters": folders, "model": model, "revision": revision})
 
 
 def _config(model: str | Path | EngineConfig | None, options: EngineOptions) -> EngineConfig:

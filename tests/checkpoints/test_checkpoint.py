@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from qlorachat import ChatEngine
 from qlorachat.checkpoints import Checkpoint, Recipe, locate, read_tokenizer
 from qlorachat.checkpoints.demo import find_gguf
 from qlorachat.config import DEMO_MODEL, EngineConfig
-from qlorachat.errors import HubError, ModelError
+from qlorachat.errors import ConfigError, HubError, ModelError
 from qlorachat.opening import open_model
 from qlorachat.tokens import SamplingParams
 
@@ -116,6 +117,28 @@ def test_a_file_is_no_model(tiny_folder: Path) -> None:
 def test_a_name_that_is_nothing_is_one_line(name: str) -> None:
     with pytest.raises(HubError, match="neither a folder here nor a repository id"):
         locate(name, offline=True)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_one_line_and_not_the_demo_model(name: str) -> None:
+    with pytest.raises(ConfigError, match="The model has an empty name: give a folder"):
+        locate(name, offline=True)
+    with pytest.raises(ConfigError, match="The model has an empty name: give a folder"):
+        ChatEngine(name)
+
+
+def test_a_folder_with_the_demo_models_name_is_said(
+    demo_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert locate("smollm2") == demo_checkpoint
+    assert caplog.messages == [
+        "`smollm2` is the demo model; for the folder of that name give ./smollm2"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A model's name becomes a checked folder and what its files say of it; no weight is read."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from qlorachat.checkpoints.demo import (
 )
 from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_pointer, token_text
 from qlorachat.config import DEMO_MODEL
-from qlorachat.errors import ModelError, UsageError
+from qlorachat.errors import ConfigError, ModelError, UsageError
 from qlorachat.hub import download
 from qlorachat.protocols import Tokenizer
 from qlorachat.tokens import SamplingParams
+
+log = logging.getLogger(__name__)
 
 _TEXT_FILES = (
     "config.json",
@@ -93,9 +96,16 @@ def locate(
 
     `weights=False` brings and checks only the configuration and tokenizer files. Raises ModelError
     or HubError, one line each: no such place, no config.json, weights that are missing, in pickle
-    files, cut off or Git LFS pointers.
+    files, cut off or Git LFS pointers; ConfigError for an empty name.
     """
+    if not model.strip():
+        raise ConfigError(
+            "The model has an empty name: give a folder or a hub repository, or leave it out.",
+            param="model",
+        )
     name = DEMO_MODEL if is_demo(model) else model
+    if name == DEMO_MODEL and weights and Path(model).is_dir():
+        log.warning("`%s` is the demo model; for the folder of that name give ./%s", model, model)
     folder = _find(name, revision, offline, weights)
     config = _read_config(folder)
     if weights:

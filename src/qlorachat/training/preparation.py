@@ -92,9 +92,8 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
     """
     if (data := config.data) is None:
         raise ConfigError("There is no data to learn: give --data FILE.", param="data")
-    checkpoint = locate(
-        config.model or DEMO_MODEL, revision=config.revision, offline=config.offline
-    )
+    model = DEMO_MODEL if config.model is None else config.model
+    checkpoint = locate(model, revision=config.revision, offline=config.offline)
     config = _fit_context(config, checkpoint)
     tokenizer = read_tokenizer(checkpoint.folder)
     template = TemplateChoice(
