@@ -248,17 +248,17 @@ def test_truncation_padding_and_trimmed_offsets_of_a_file_are_undone() -> None:
     assert offsets == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
 
 
-def test_a_tag_that_the_template_writes_is_control_though_the_file_says_otherwise() -> None:
+def test_an_added_tag_is_control_though_the_file_says_otherwise() -> None:
     backend = byte_tokenizer()
-    backend.add_tokens([AddedToken("<|user|>"), AddedToken("<b>"), AddedToken("  ")])
-    template = "{% for m in messages %}<|user|>  {{ m.content }}{% endfor %}"
-    tokenizer = FastTokenizer(backend, bos_token=None, eos_token="<|im_end|>", template=template)
-    user, bold, blanks = 259, 260, 261
+    backend.add_tokens([AddedToken(text) for text in ("<|user|>", "[INST]", "  ", "word")])
+    tokenizer = FastTokenizer(backend, bos_token=None, eos_token="<|im_end|>")
+    user, inst, blanks, word = range(259, 263)
     assert tokenizer.control_tokens["<|user|>"] == user
-    ids, _ = tokenizer.encode("<|user|><b>  ")
-    assert user not in ids
-    assert {bold, blanks} < set(ids)
-    assert tokenizer.decode([user, bold]) == "<|user|><b>"
+    assert tokenizer.control_tokens["[INST]"] == inst
+    ids, _ = tokenizer.encode("<|user|>[INST]  word")
+    assert not {user, inst} & set(ids)
+    assert {blanks, word} < set(ids)
+    assert tokenizer.decode([user, word]) == "<|user|>word"
 
 
 def test_a_vocabulary_that_cannot_spell_a_control_token_refuses_it() -> None:

@@ -1,5 +1,6 @@
 """A `tokenizers` vocabulary behind our protocol: text is plain text, whatever it spells."""
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -8,6 +9,9 @@ from tokenizers import Tokenizer as Backend
 
 from qlorachat.checkpoints.byte_fallback import byte_fallback_decoder
 from qlorachat.errors import DialogError
+
+# an added token such as `<|user|>` or `[INST]`, which files often don't mark as special
+_TAG = re.compile(r"<.+>|\[.+\]")
 
 
 class FastTokenizer:
@@ -20,12 +24,8 @@ class FastTokenizer:
         bos_token: str | None,
         eos_token: str | None,
         adds_bos: bool = False,
-        template: str | None = None,
     ) -> None:
-        """`template` is the chat template, whose tags are control tokens too.
-
-        The backend is changed: it no longer truncates, pads, or finds control tokens in text.
-        """
+        """The backend is changed: it no longer truncates, pads, or finds control tokens in text."""
         self._bos, self._eos, self._adds_bos = bos_token, eos_token, adds_bos
         added = backend.get_added_tokens_decoder()
         ends = {bos_token, eos_token}
@@ -33,7 +33,7 @@ class FastTokenizer:
         self._control = {
             token.content: i
             for i, token in sorted(added.items())
-            if i in self._hidden or _is_tag_of(template, token.content)
+            if i in self._hidden or _TAG.fullmatch(token.content)
         }
         self._backend = _as_plain(backend, list(self._control))
         unknown = self._backend.encode("\U0010ffff", add_special_tokens=False).ids
@@ -80,11 +80,6 @@ class FastTokenizer:
 
     def _decode_by_backend(self, ids: Sequence[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
-
-
-def _is_tag_of(template: str | None, token: str) -> bool:
-    """Whether a chat template writes this added token, as `<|im_start|>`; blanks are no tags."""
-    return template is not None and token[:1] in ("<", "[") and token in template
 
 
 def _as_plain(backend: Backend, control: Sequence[str]) -> Backend:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from qlorachat.checkpoints.fast_tokenizer import FastTokenizer
-from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_pointer, token_text
+from qlorachat.checkpoints.files import read_json, refuse_pointer, token_text
 from qlorachat.errors import ModelError
 from qlorachat.protocols import Tokenizer
 
@@ -45,7 +45,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         bos_token=_known(backend, config.get("bos_token")),
         eos_token=_known(backend, config.get("eos_token")),
         adds_bos=_adds_bos(folder, backend, config),
-        template=chat_template_source(folder, config),
     )
 
 
