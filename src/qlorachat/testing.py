@@ -27,6 +27,8 @@ class ByteTokenizer:
 
     bos_token: str | None = None
     eos_token: str | None = "<|im_end|>"  # noqa: S105  no password
+    pad_token: str | None = None
+    unk_token: str | None = None
     adds_bos = False
     control_tokens = {"<|im_start|>": 256, "<|im_end|>": 257}  # noqa: RUF012  never changed
 

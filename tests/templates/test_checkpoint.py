@@ -1,5 +1,6 @@
 """A checkpoint's own template: transformers' prompt, contents as plain text, marks for training."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from qlorachat.checkpoints import read_tokenizer
 from qlorachat.errors import DialogError
 from qlorachat.messages import Message
 from qlorachat.protocols import Segment, Tokenizer
 from qlorachat.templates import CheckpointTemplate, build_prompt
 from qlorachat.testing import ByteTokenizer
+from tests.tiny import write_folder
 
 HI = [Message("user", "Hi")]
 DIALOG = [
@@ -41,6 +44,19 @@ class LlamaNames(ByteTokenizer):
 
 def own(source: str) -> CheckpointTemplate:
     return CheckpointTemplate(source, LlamaNames())
+
+
+def test_a_template_knows_the_tokens_that_transformers_gives_it(tmp_path: Path) -> None:
+    write_folder(tmp_path, layers=1)
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|im_start|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    source = "{{ pad_token }}{{ unk_token }}{{ messages[0].content }}{{ eos_token }}"
+    tokenizer = read_tokenizer(tmp_path)
+    prompt = build_prompt(CheckpointTemplate(source, tokenizer), [Message("user", "Hi")], tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    dialog = [{"role": "user", "content": "Hi"}]
+    assert prompt.text == "<|endoftext|><|im_start|>Hi<|im_end|>"
+    assert prompt.text == theirs.apply_chat_template(dialog, chat_template=source, tokenize=False)
 
 
 def trained_text(segments: list[Segment]) -> str:

@@ -166,7 +166,7 @@ def test_a_tokenizer_that_merges_inner_spaces_wrongly_is_refused(llama2: Tokeniz
     class Merging:
         """Right on single spaces only, as some converted Llama-2 tokenizers are."""
 
-        bos_token = eos_token = None
+        bos_token = eos_token = pad_token = unk_token = None
         adds_bos = False
         control_tokens = llama2.control_tokens
         decode = staticmethod(llama2.decode)

@@ -23,10 +23,13 @@ class FastTokenizer:
         *,
         bos_token: str | None,
         eos_token: str | None,
+        pad_token: str | None = None,
+        unk_token: str | None = None,
         adds_bos: bool = False,
     ) -> None:
         """The backend is changed: it no longer truncates, pads, or finds control tokens in text."""
         self._bos, self._eos, self._adds_bos = bos_token, eos_token, adds_bos
+        self._pad, self._unk = pad_token, unk_token
         added = backend.get_added_tokens_decoder()
         ends = {bos_token, eos_token}
         self._hidden = {i for i, token in added.items() if token.special or token.content in ends}
@@ -47,6 +50,14 @@ class FastTokenizer:
     @property
     def eos_token(self) -> str | None:
         return self._eos
+
+    @property
+    def pad_token(self) -> str | None:
+        return self._pad
+
+    @property
+    def unk_token(self) -> str | None:
+        return self._unk
 
     @property
     def adds_bos(self) -> bool:

@@ -44,6 +44,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         backend,
         bos_token=_known(backend, config.get("bos_token")),
         eos_token=_known(backend, config.get("eos_token")),
+        pad_token=_known(backend, config.get("pad_token")),
+        unk_token=_known(backend, config.get("unk_token")),
         adds_bos=_adds_bos(folder, backend, config),
     )
 

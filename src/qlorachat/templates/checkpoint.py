@@ -28,7 +28,12 @@ class CheckpointTemplate:
     models: Sequence[str] = ()
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        tokens = {
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.pad_token,
+            "unk_token": tokenizer.unk_token,
+        }
         variables = {name: token for name, token in tokens.items() if token is not None}
         self._renderer = Renderer(source, variables)
         self._controls = _any_of(tokenizer.control_tokens)
