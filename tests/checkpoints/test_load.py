@@ -229,6 +229,21 @@ def no_head(folder: Path) -> Checkpoint:
     return locate(str(folder))
 
 
+def more_tensors(folder: Path, *names: str) -> Checkpoint:
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: torch.ones(64) for name in names}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return locate(str(folder))
+
+
+def unannounced_bias(folder: Path) -> Checkpoint:
+    return more_tensors(folder, *(f"model.layers.0.self_attn.{p}_proj.bias" for p in "qo"))
+
+
+def unannounced_scale(folder: Path) -> Checkpoint:
+    return more_tensors(folder, "layers.0.mlp.up_proj.weight_scale")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -239,6 +254,8 @@ def no_head(folder: Path) -> Checkpoint:
         (wrong_shape, r"is \((128|64), (128|64)\) but config\.json asks for"),
         (more_layers, r"lacks weights that its config\.json asks for \(9, first model\.layers\.2"),
         (no_head, r"\(1, first lm_head\.weight\)"),
+        (unannounced_bias, r"does not announce \(2, first .*0\.self_attn\.o_proj\.bias\)"),
+        (unannounced_scale, r"\(1, first layers\.0\.mlp\.up_proj\.weight_scale\)"),
     ],
 )
 def test_a_model_that_cannot_be_is_one_line(
@@ -249,6 +266,11 @@ def test_a_model_that_cannot_be_is_one_line(
         load(checkpoint)
     assert "\n" not in str(caught.value)
     assert not (tiny_folder / "ran").exists()
+
+
+def test_weights_of_modules_that_the_model_has_not_are_left_out(tiny_folder: Path) -> None:
+    names = ("model.layers.2.self_attn.q_proj.bias", "model.layers.0.self_attn.bias")
+    load(more_tensors(tiny_folder, *names), "16bit")
 
 
 def test_code_beside_a_known_architecture_is_not_run(tiny_folder: Path) -> None:

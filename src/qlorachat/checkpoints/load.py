@@ -1,8 +1,9 @@
 """A checkpoint becomes a model on a device, in NF4 with double quantization unless it asks else."""
 
 import math
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -204,7 +205,27 @@ def _read_weights(
             f"{checkpoint.folder} lacks weights that its config.json asks for ({len(missing)}, "
             f"first {missing[0]}): bring the model again."
         )
+    if dropped := _dropped(model, report["unexpected_keys"]):
+        raise ModelError(
+            f"{checkpoint.folder} has weights that its config.json does not announce "
+            f"({len(dropped)}, first {dropped[0]}): without them its answers would be wrong; bring "
+            "the model's own config.json."
+        )
     return model.eval().requires_grad_(False)
+
+
+def _dropped(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Weights that modules of the model would compute with, a bias or a scale, did they know them.
+
+    What belongs to no module of the model, as a layer for other tasks, transformers warns of.
+    """
+    known = {name for name, _ in model.named_parameters()}
+    known |= {name.removeprefix(f"{model.base_model_prefix}.") for name in known}
+    return sorted(
+        name
+        for name in unexpected
+        if re.search(r"\.(weight|bias)\w*$", name) and f"{name.rpartition('.')[0]}.weight" in known
+    )
 
 
 @contextmanager
