@@ -39,6 +39,10 @@ def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def quantization_by_name(folder: Path) -> None:
+    write(folder, "config.json", quantization_config="nf4")
+
+
 def adapter(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
 
@@ -84,6 +88,7 @@ def wrong_sampling(folder: Path) -> None:
     [
         (no_config, r"has no config\.json"),
         (adapter, "holds an adapter: give it as --adapter"),
+        (quantization_by_name, r"quantization_config in .*config\.json is no JSON object"),
         (broken_config, r"config\.json is no JSON"),
         (list_config, r"config\.json holds no JSON object"),
         (no_weights, r"has no model\.safetensors"),

@@ -180,6 +180,16 @@ def test_a_stored_weight_that_is_not_whole_is_one_line(tiny_folder: Path, tmp_pa
             load(locate(str(tmp_path / "stored")))
 
 
+@pytest.mark.parametrize("absent", [None, {}])
+def test_a_quantization_of_null_is_none(tiny_folder: Path, absent: object) -> None:
+    estimate = estimate_memory(locate(str(tiny_folder)), "nf4")
+    checkpoint = edit_config(tiny_folder, quantization_config=absent)
+    assert estimate_memory(checkpoint, "nf4") == estimate
+    assert load_model(checkpoint, device="cpu", quantization="nf4").quantization == "nf4+dq"
+    with pytest.raises(ModelError, match=r"but config\.json asks for"):
+        load(wrong_shape(tiny_folder))
+
+
 def test_another_quantization_is_refused(tiny_folder: Path) -> None:
     checkpoint = edit_config(tiny_folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match="is stored in the quantization `gptq`"):

@@ -141,6 +141,13 @@ def _find(name: str, revision: str | None, offline: bool, weights: bool) -> Path
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if config := read_json(folder / "config.json"):
+        if not config.get("quantization_config"):  # null says the same as no such key
+            config.pop("quantization_config", None)
+        elif not isinstance(config["quantization_config"], dict):
+            raise ModelError(
+                f"The quantization_config in {folder / 'config.json'} is no JSON object: bring it "
+                "again."
+            )
         return config
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds an adapter: give it as --adapter, a model as --model.")
