@@ -112,6 +112,15 @@ def test_a_damaged_entry_is_built_anew(damage: str) -> None:
     assert (entry / "one.txt").read_text() == "1"
 
 
+@pytest.mark.parametrize("manifest", ["[]", "null", '"x"', "{", "{}", '{"files": null}'])
+def test_an_entry_with_a_wrong_manifest_is_built_anew(manifest: str) -> None:
+    file = build_once("entry", write_one) / "qlorachat.json"
+    whole = file.read_text()
+    file.write_text(manifest)
+    build_once("entry", write_one)
+    assert file.read_text() == whole
+
+
 def test_a_builder_killed_at_any_moment_leaves_nothing_to_trust(
     tmp_path: Path, cache: Path
 ) -> None:

@@ -117,7 +117,9 @@ def _write_manifest(folder: Path) -> None:
 
 def _is_whole(entry: Path) -> bool:
     try:
-        files = json.loads((entry / MANIFEST).read_text("utf-8"))["files"]
-        return all((entry / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        match json.loads((entry / MANIFEST).read_text("utf-8")):
+            case {"files": dict(files)}:
+                return all((entry / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError):
+        pass
+    return False
