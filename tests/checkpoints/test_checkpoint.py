@@ -79,6 +79,38 @@ def missing_shard(folder: Path) -> None:
     write(folder, "model.safetensors.index.json", weight_map=shards)
 
 
+def no_weight_map(folder: Path) -> None:
+    write(folder, "model.safetensors.index.json", metadata={})
+
+
+def list_weight_map(folder: Path) -> None:
+    write(folder, "model.safetensors.index.json", weight_map=["model.safetensors"])
+
+
+def numbered_weight_map(folder: Path) -> None:
+    write(folder, "model.safetensors.index.json", weight_map={"lm_head.weight": 5})
+
+
+def list_of_added_tokens(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", added_tokens_decoder=["<|end|>"])
+
+
+def added_token_without_content(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", added_tokens_decoder={"3": {"special": True}})
+
+
+def list_of_template_texts(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", chat_template=["{{ x }}"])
+
+
+def template_in_utf16(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ x }}", "utf-16")
+
+
+def template_folder(folder: Path) -> None:
+    (folder / "chat_template.jinja").mkdir()
+
+
 def wrong_sampling(folder: Path) -> None:
     write(folder, "generation_config.json", temperature=-1)
 
@@ -96,6 +128,14 @@ def wrong_sampling(folder: Path) -> None:
         (pointer, "is a Git LFS pointer"),
         (cut_off, "is damaged or cut off"),
         (missing_shard, r"lacks model-00002-of-00002\.safetensors"),
+        (no_weight_map, r"index\.json has no weight_map of names to files"),
+        (list_weight_map, r"index\.json has no weight_map of names to files"),
+        (numbered_weight_map, r"index\.json has no weight_map of names to files"),
+        (list_of_added_tokens, r"tokenizer_config\.json has an added_tokens_decoder without"),
+        (added_token_without_content, r"has an added_tokens_decoder without contents"),
+        (list_of_template_texts, r"tokenizer_config\.json has a chat_template without names"),
+        (template_in_utf16, r"chat_template\.jinja is no UTF-8"),
+        (template_folder, r"chat_template\.jinja cannot be read"),
         (wrong_sampling, r"generation_config\.json is wrong: temperature is a number from"),
     ],
 )
@@ -121,6 +161,18 @@ def test_a_file_is_no_model(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("name", ["./no/such/folder", "C:\\models\\llama", "a b", "a/b/c"])
 def test_a_name_that_is_nothing_is_one_line(name: str) -> None:
     with pytest.raises(HubError, match="neither a folder here nor a repository id"):
+        locate(name, offline=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("~nosuchuser/m", "`~nosuchuser/m` begins with no home folder of this machine"),
+        ("a" * 300, "neither a folder here nor a repository id|cannot be read"),
+    ],
+)
+def test_a_name_that_is_no_path_is_one_line(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         locate(name, offline=True)
 
 
@@ -169,7 +221,8 @@ def test_sampling_defaults_are_the_files_over_ours(
 def test_every_file_adds_its_end_tokens(tiny_folder: Path) -> None:
     write(tiny_folder, "generation_config.json", eos_token_id=[7, 8])
     write(tiny_folder, "tokenizer_config.json", eos_token={"content": "<|endoftext|>"})
-    assert locate(str(tiny_folder)).stop_ids == {0, 2, 7, 8}
+    checkpoint = locate(str(tiny_folder))
+    assert checkpoint.end_tokens(read_tokenizer(tiny_folder)) == {0, 2, 7, 8}
     decoder = {"300": {"content": "<|end|>"}}
     config = {"eos_token": "<|end|>", "added_tokens_decoder": decoder}
     write(tiny_folder, "tokenizer_config.json", **config)

@@ -178,6 +178,9 @@ def test_added_tokens_with_other_ids_are_refused(tmp_path: Path, llama2_folder: 
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 32007}))
     with pytest.raises(ModelError, match="id 32007, which does not follow"):
         read_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": None}))
+    with pytest.raises(ModelError, match=r"added_tokens\.json has tokens without ids"):
+        read_tokenizer(tmp_path)
 
 
 def test_a_vocab_json_with_merges_is_read(tmp_path: Path) -> None:

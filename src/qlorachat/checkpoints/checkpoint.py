@@ -16,7 +16,14 @@ from qlorachat.checkpoints.demo import (
     find_gguf,
     is_demo,
 )
-from qlorachat.checkpoints.files import chat_template_source, read_json, refuse_pointer, token_text
+from qlorachat.checkpoints.files import (
+    added_tokens_decoder,
+    chat_template_source,
+    explained,
+    read_json,
+    refuse_pointer,
+    token_text,
+)
 from qlorachat.config import DEMO_MODEL
 from qlorachat.errors import ConfigError, ModelError, UsageError
 from qlorachat.hub import download
@@ -130,11 +137,19 @@ def locate(
 def _find(name: str, revision: str | None, offline: bool, weights: bool) -> Path:
     if name == DEMO_MODEL and revision is None and (gguf := find_gguf()):
         return converted_demo(gguf)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ModelError(f"{folder} is a file: give the folder of a model in Hugging Face layout.")
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise ModelError(
+            f"`{name}` begins with no home folder of this machine: give a path."
+        ) from None
+    with explained(folder):
+        if folder.is_dir():
+            return folder
+        if folder.is_file():
+            raise ModelError(
+                f"{folder} is a file: give the folder of a model in Hugging Face layout."
+            )
     patterns = (*_TEXT_FILES, *_WEIGHT_FILES) if weights else _TEXT_FILES
     return download(name, revision=revision, offline=offline, patterns=patterns)
 
@@ -182,9 +197,12 @@ def _check_weights(folder: Path) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files, by the index where there is one."""
-    index = read_json(folder / "model.safetensors.index.json")
-    if index:
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    file = folder / "model.safetensors.index.json"
+    if index := read_json(file):
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+            raise ModelError(f"{file} has no weight_map of names to files: bring it again.")
+        return [folder / name for name in sorted(set(shards.values()))]
     return [file for file in [folder / "model.safetensors"] if file.exists()]
 
 
@@ -224,14 +242,9 @@ def _as_ids(value: object) -> Iterable[int]:
 
 
 def _ids_of(token: str | None, folder: Path, tokenizer: Mapping[str, Any]) -> Iterable[int]:
-    """The id of an added token; none where neither tokenizer file has it."""
-    if token is None:
-        return []
-    decoder = tokenizer.get("added_tokens_decoder") or {}
-    if ids := [int(i) for i, entry in decoder.items() if entry["content"] == token]:
-        return ids
-    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
-    return [entry["id"] for entry in added if entry["content"] == token]
+    """The id of a token that tokenizer_config.json adds; none where it does not."""
+    added = added_tokens_decoder(folder, tokenizer)
+    return [i for i, entry in added.items() if entry["content"] == token]
 
 
 def _recipe(folder: Path) -> Recipe:

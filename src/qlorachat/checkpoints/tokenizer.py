@@ -15,7 +15,12 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from qlorachat.checkpoints.fast_tokenizer import FastTokenizer
-from qlorachat.checkpoints.files import read_json, refuse_pointer, token_text
+from qlorachat.checkpoints.files import (
+    added_tokens_decoder,
+    read_json,
+    refuse_pointer,
+    token_text,
+)
 from qlorachat.errors import ModelError
 from qlorachat.protocols import Tokenizer
 
@@ -113,11 +118,14 @@ def _from_transformers(folder: Path, shown: Path | None = None) -> Backend:
 
 def _with_added_tokens(folder: Path, backend: Backend) -> Backend:
     """The tokens that a fine-tune put behind a SentencePiece vocabulary, under their own ids."""
-    tokens = {i: AddedToken(text) for text, i in read_json(folder / "added_tokens.json").items()}
+    named = read_json(folder / "added_tokens.json")
+    if not all(isinstance(i, int) for i in named.values()):
+        raise ModelError(f"{folder / 'added_tokens.json'} has tokens without ids: bring it again.")
+    tokens = {i: AddedToken(text) for text, i in named.items()}
     config = read_json(folder / "tokenizer_config.json")
-    for i, entry in (config.get("added_tokens_decoder") or {}).items():
+    for i, entry in added_tokens_decoder(folder, config).items():
         flags = {flag: bool(entry.get(flag)) for flag in ("special", "normalized")}
-        tokens[int(i)] = AddedToken(entry["content"], **flags)
+        tokens[i] = AddedToken(entry["content"], **flags)
     for i, token in sorted(tokens.items()):
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != i:
