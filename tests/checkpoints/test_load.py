@@ -228,6 +228,13 @@ def wrong_shape(folder: Path) -> Checkpoint:
     return edit_config(folder, intermediate_size=96)
 
 
+def wrong_shape_of_the_inner_model(folder: Path) -> Checkpoint:
+    tensors = load_file(folder / "model.safetensors")
+    inner = {name.removeprefix("model."): value for name, value in tensors.items()}
+    save_file(inner, folder / "model.safetensors", metadata={"format": "pt"})
+    return wrong_shape(folder)
+
+
 def more_layers(folder: Path) -> Checkpoint:
     return edit_config(folder, num_hidden_layers=3)
 
@@ -262,6 +269,7 @@ def unannounced_scale(folder: Path) -> Checkpoint:
         (no_text_model, r"\(model_type 'vit'\) writes no text from left to right"),
         (wrong_value, r"The config\.json of .* is wrong"),
         (wrong_shape, r"is \((128|64), (128|64)\) but config\.json asks for"),
+        (wrong_shape_of_the_inner_model, r"^layers\..* but config\.json asks for"),
         (more_layers, r"lacks weights that its config\.json asks for \(9, first model\.layers\.2"),
         (no_head, r"\(1, first lm_head\.weight\)"),
         (unannounced_bias, r"does not announce \(2, first .*0\.self_attn\.o_proj\.bias\)"),

@@ -117,6 +117,8 @@ def _check_shapes(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> None:
     if "quantization_config" in checkpoint.config:
         return
     wanted = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
+    inner = f"{skeleton.base_model_prefix}."  # which files of the inner model alone leave out
+    wanted |= {name.removeprefix(inner): shape for name, shape in wanted.items()}
     for file in weight_files(checkpoint.folder):
         with safe_open(file, "pt") as tensors:
             for name in wanted.keys() & set(tensors.keys()):
