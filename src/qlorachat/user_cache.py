@@ -21,7 +21,13 @@ def cache_root() -> Path:
             raise ConfigError(
                 f"QLORACHAT_CACHE is {asked}, but there is no such home folder: give a path."
             ) from None
-    return user_cache_path("qlorachat", appauthor=False)
+    try:
+        return user_cache_path("qlorachat", appauthor=False)
+    except RuntimeError:
+        raise ConfigError(
+            "There is no home folder to keep converted models and kernels in: set QLORACHAT_CACHE "
+            "to a folder."
+        ) from None
 
 
 def kept_files(kind: Kind) -> dict[Path, int]:

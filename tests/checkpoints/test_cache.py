@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from qlorachat import user_cache
 from qlorachat.checkpoints import clear, list_entries
 from qlorachat.checkpoints.cache import build_once
-from qlorachat.errors import QlorachatError
+from qlorachat.errors import ConfigError, QlorachatError
 from qlorachat.user_cache import cache_root
 
 # writes 40 files slowly; argv: the file to append a line to for each build
@@ -56,10 +57,21 @@ def refuse(folder: Path) -> None:
     raise AssertionError("built again")
 
 
+def no_home(*arguments: object, **options: object) -> Path:
+    raise RuntimeError("could not determine the home directory")
+
+
 def test_the_cache_folder_can_be_moved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_root() == cache
     monkeypatch.delenv("QLORACHAT_CACHE")
     assert cache_root().name.lower() == "qlorachat" or "qlorachat" in cache_root().parts
+
+
+def test_without_a_home_folder_the_cache_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QLORACHAT_CACHE")
+    monkeypatch.setattr(user_cache, "user_cache_path", no_home)
+    with pytest.raises(ConfigError, match="set QLORACHAT_CACHE to a folder"):
+        build_once("entry", refuse)
 
 
 def test_an_entry_is_built_once_listed_and_cleared() -> None:

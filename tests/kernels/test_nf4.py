@@ -154,4 +154,6 @@ def test_machine_code_is_kept(
     assert len(caplog.messages) == 1
     assert "compiling the kernels of nf4_write_out.cu for sm_89" in caplog.messages[0]
     cuda_source.machine_code("nf4_write_out.cu", "sm_89", ["SHARED_BASE=1024"])
+    monkeypatch.setenv("QLORACHAT_CACHE", "~nosuchuser/cache")
+    assert cuda_source.machine_code(*arguments) == made
     assert len(list((tmp_path / "kernels").iterdir())) == 2

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlorachat.errors import ConfigError
 from qlorachat.kernels import tuned
 
 CARD = torch.device("cuda", 0)
@@ -27,6 +28,13 @@ def test_what_is_kept_is_found() -> None:
     assert tuned.tuned_blocks(8, (4096, 4096), CARD) == 28
     assert tuned.tuned_blocks(16, (4096, 4096), CARD) == 56
     assert tuned.tuned_blocks(8, (4096, 11008), CARD) is None
+
+
+def test_without_a_folder_for_the_cache_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORACHAT_CACHE", "~nosuchuser/cache")
+    assert tuned.tuned_blocks(8, (16, 64), CARD) is None
+    with pytest.raises(ConfigError, match="there is no such home folder"):
+        tuned.keep({(8, (16, 64)): 28}, CARD)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 0}', '{"a": true}', '{"a": "8"}'])

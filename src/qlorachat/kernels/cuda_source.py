@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qlorachat.durable import write_whole
+from qlorachat.errors import ConfigError
 from qlorachat.kernels.device import is_hopper, starts_early
 from qlorachat.user_cache import cache_root
 
@@ -73,7 +74,11 @@ def machine_code(
     compiler = (nvrtc.nvrtcVersion(), architecture, *definitions)
     texts = [_read(each) for each in (name, *HEADERS)]
     made_of = hashlib.sha256(b"".join((*texts, repr(compiler).encode())))
-    path = cache_root() / "kernels" / f"{name}-{architecture}-{made_of.hexdigest()[:32]}.cubin"
+    try:
+        path = cache_root() / "kernels" / f"{name}-{architecture}-{made_of.hexdigest()[:32]}.cubin"
+    except ConfigError as error:
+        log.info("the compiled kernels can't be kept: %s", error)
+        return compile_source(name, architecture, definitions)
     try:
         if not anew:
             return path.read_bytes()

@@ -11,6 +11,7 @@ import torch
 
 from qlorachat import __version__
 from qlorachat.durable import write_whole
+from qlorachat.errors import ConfigError
 from qlorachat.user_cache import cache_root
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,10 @@ def keep(measured: Mapping[tuple[int, tuple[int, int]], int], device: torch.devi
 
 @functools.cache
 def _read(device: torch.device) -> dict[str, int]:
-    path = _path(device)
     try:
+        path = _path(device)
         known = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ConfigError):  # nothing measured, or no folder to keep it in
         return {}
     except (OSError, ValueError) as error:
         log.warning("%s can't be read (%s); run `qlorachat tune` again", path, error)
