@@ -1,5 +1,6 @@
 """What `qlorachat tune` keeps is there again, for its card alone; a damaged file is said."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,23 @@ def test_what_is_kept_is_found() -> None:
     assert tuned.tuned_blocks(8, (4096, 4096), CARD) == 28
     assert tuned.tuned_blocks(16, (4096, 4096), CARD) == 56
     assert tuned.tuned_blocks(8, (4096, 11008), CARD) is None
+
+
+def test_what_others_keep_meanwhile_stays() -> None:
+    path = tuned.keep({(8, (16, 64)): 28}, CARD)
+    assert tuned.tuned_blocks(8, (16, 64), CARD) == 28
+    path.write_text(path.read_text(encoding="utf-8").replace("28", "29"), encoding="utf-8")
+    tuned.keep({(16, (16, 64)): 56}, CARD)
+    assert tuned.tuned_blocks(8, (16, 64), CARD) == 29
+
+
+def test_many_may_keep_at_once() -> None:
+    def keep(rows: int) -> None:
+        tuned.keep({(rows, (16, 64)): rows}, CARD)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep, range(1, 33)))
+    assert all(tuned.tuned_blocks(rows, (16, 64), CARD) == rows for rows in range(1, 33))
 
 
 def test_without_a_folder_for_the_cache_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from qlorachat import __version__
 from qlorachat.durable import write_whole
@@ -24,11 +25,13 @@ def tuned_blocks(rows: int, shape: tuple[int, int], device: torch.device) -> int
 
 def keep(measured: Mapping[tuple[int, tuple[int, int]], int], device: torch.device) -> Path:
     """Add (rows, shape) -> blocks to what is known of a card. Raises OSError."""
-    known = {**_read(device), **{_key(*key): blocks for key, blocks in measured.items()}}
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(known, indent=1) + "\n")
-    _read.cache_clear()
+    with FileLock(path.with_suffix(".lock")):
+        _read.cache_clear()  # another process may have added to it
+        known = {**_read(device), **{_key(*key): blocks for key, blocks in measured.items()}}
+        write_whole(path, json.dumps(known, indent=1) + "\n")
+        _read.cache_clear()
     return path
 
 
