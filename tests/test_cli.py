@@ -27,6 +27,7 @@ from qlorachat.errors import ConfigError, UnknownName
 from qlorachat.listening import listen
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.testing import FakeBackend, FakePlugin
+from tests.tiny import write_folder
 
 Capture = pytest.CaptureFixture[str]
 
@@ -496,6 +497,9 @@ def test_tune_without_a_card_says_so(device: str, capsys: pytest.CaptureFixture[
     assert len(err.splitlines()) == 1
 
 
-def test_tune_on_a_cpu_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "--device", "cpu"]) == 2
+def test_tune_on_a_cpu_says_why_not_and_needs_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (write_folder(tmp_path, layers=1) / "model.safetensors").unlink()
+    assert main(["tune", "--device", "cpu", "--model", str(tmp_path)]) == 2
     assert "nothing to tune on cpu: it is no NVIDIA card" in capsys.readouterr().err

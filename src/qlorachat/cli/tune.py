@@ -25,7 +25,9 @@ def tune(arguments: Sequence[str]) -> None:
     from qlorachat.tuning import tune as measure
 
     device = resolve_device(settings.device)
-    checkpoint = locate(settings.model, revision=settings.revision, offline=settings.offline)
+    checkpoint = locate(
+        settings.model, revision=settings.revision, offline=settings.offline, weights=False
+    )
     lines = measure(linear_shapes(checkpoint), device)
     print(f"{checkpoint.name} on {device}")
     print(f"{'weight':<15}{'rows':>6}{'before':>12}{'after':>12}{'blocks':>8}")
