@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from qlorachat import ChatEngine
+from qlorachat import ChatEngine, Message
 from qlorachat.config import QuantizationChoice
 from qlorachat.reference import TransformersBackend
 
 RESULTS = Path(__file__).parent / "results" / "decode_cpu.json"
 STREAMS = 8
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # its template's
 PROMPT = "Write a long story about a bear who makes friends with a seal."
 
 
@@ -51,22 +52,21 @@ def measure(choice: QuantizationChoice, tokens: int, rounds: int) -> dict[str, o
     reference = ChatEngine("smollm2", backend="transformers", **options)
     paged = ChatEngine("smollm2", backend="paged", **options)
     with reference, paged, ThreadPoolExecutor(STREAMS) as pool:
-        # every round asks something new, or the prefix cache would spare the engine its prefill
         calls: dict[str, Callable[[str], object]] = {
-            "transformers generate": lambda ask: generate(reference, ask, tokens),
-            "TransformersBackend": lambda ask: reference.chat(ask, **greedy),
-            "PagedBackend": lambda ask: paged.chat(ask, **greedy),
-            f"PagedBackend, {STREAMS} streams": lambda ask: list(
-                pool.map(lambda n: paged.chat(f"{n}, {ask}", **greedy), range(STREAMS))
+            "transformers generate": lambda name: generate(reference, ask(name), tokens),
+            "TransformersBackend": lambda name: reference.chat(ask(name), **greedy),
+            "PagedBackend": lambda name: paged.chat(ask(name), **greedy),
+            f"PagedBackend, {STREAMS} streams": lambda name: list(
+                pool.map(lambda n: paged.chat(ask(f"{n}, {name}"), **greedy), range(STREAMS))
             ),
         }
-        answers = generate(reference, PROMPT, tokens), paged.chat(PROMPT, **greedy).text
+        answers = generate(reference, ask("x"), tokens), paged.chat(ask("x"), **greedy).text
         pairs = zip(*answers, strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         times: dict[str, list[float]] = {name: [] for name in calls}
         for number in range(rounds):
             for name, call in calls.items():
-                times[name].append(seconds(partial(call, f"{number}. {PROMPT}")))
+                times[name].append(seconds(partial(call, f"{number}")))
         made = {name: tokens * (STREAMS if "streams" in name else 1) for name in calls}
         return {
             "quantization": f"{choice}: {paged.info.quantization}",
@@ -76,11 +76,16 @@ def measure(choice: QuantizationChoice, tokens: int, rounds: int) -> dict[str, o
         }
 
 
-def generate(engine: ChatEngine, question: str, tokens: int) -> str:
+def ask(name: str) -> list[Message]:
+    """A dialog that no other begins like: the prefix cache spares the engine no block of it."""
+    return [Message("system", f"{name}. {SYSTEM}"), Message("user", PROMPT)]
+
+
+def generate(engine: ChatEngine, dialog: list[Message], tokens: int) -> str:
     """transformers' own loop on the reference's weights."""
     backend = engine._backend
     assert isinstance(backend, TransformersBackend)
-    ids = torch.tensor([engine.render(question).ids])
+    ids = torch.tensor([engine.render(dialog).ids])
     made = backend._model._base.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
         min_new_tokens=tokens, do_sample=False, repetition_penalty=1.0,
