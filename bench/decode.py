@@ -4,8 +4,8 @@
 
 Random NF4 weights of the Llama-2-7B or -13B shape with an adapter on all linear layers. Logits of
 the two are compared first, then each row is timed by the wall clock, with scheduling, sampling and
-hand-out of tokens inside. Writes bench/results/decode.json, named further for another size, with
-keys and values in 8 bits and with what cards before Hopper run.
+hand-out of tokens inside. Writes bench/results/decode.json, named further for another size or rank,
+with keys and values in 8 bits and with what cards before Hopper run.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> None:
     model = build(arguments.size, "cuda")
     one = adapter(model, rank=arguments.rank, seed=1)
     record: dict[str, Any] = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
-    record |= {name: getattr(arguments, name) for name in ("size", "kv_cache", "as_ampere")}
+    record |= {name: getattr(arguments, name) for name in ("size", "rank", "kv_cache", "as_ampere")}
     print(record, flush=True)
     reference = peer(model, one, record, timed=not arguments.no_peer)
     backend = PagedBackend(
@@ -112,6 +112,7 @@ def note(record: dict[str, Any], name: str, value: object) -> None:
     record[name] = value
     file = "decode"
     file += "" if record["size"] == "7b" else f"_{record['size']}"
+    file += "" if record["rank"] == 16 else f"_rank{record['rank']}"
     file += "" if record["kv_cache"] == "auto" else f"_{record['kv_cache']}"
     file += "_as_ampere" if record["as_ampere"] else ""
     text = json.dumps(record, indent=2) + "\n"

@@ -5,7 +5,8 @@
 A quick look before and after a change to a kernel: eight layers of the Llama-2-7B shape with
 random NF4 weights, without adapter, with one of each rank, with one of rank 16 where there is room
 for 64, and with eight of rank 16. All are timed in turn, several times over, for a card drifts by a
-percent within a minute; medians are shown. Writes bench/results/layer.json.
+percent within a minute; medians are shown. Writes bench/results/layer.json, named further for
+another size.
 """
 
 import argparse
@@ -39,8 +40,10 @@ def main() -> None:
         taken[f"{rows} rows"] = own = trial.run(rows, arguments.ranks)
         print(f"{rows} rows:", ", ".join(f"{name} {value}" for name, value in own.items()))
     record = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
-    record |= {"context": arguments.context, "microseconds a layer": taken}
-    (RESULTS / "layer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record |= {name: getattr(arguments, name) for name in ("size", "ranks", "context")}
+    record["microseconds a layer"] = taken
+    file = "layer" if arguments.size == "7b" else f"layer_{arguments.size}"
+    (RESULTS / f"{file}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 class Trial:
