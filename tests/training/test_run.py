@@ -194,8 +194,6 @@ def test_damaged_checkpoints(run: Trains) -> None:
     for step in {best.step, 6}:
         weights = checkpoints / f"step-{step:06}" / WEIGHTS
         weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    with pytest.raises(QlorachatError, match=r"best checkpoint, .* is damaged"):
-        Saves(checkpoints, AdapterCard(), keep=2).whole(best.step)
     again = run(resume=True, early_stopping=9)  # from the whole one before, over the damaged one
     assert again.steps == 6
     assert (again.output / WEIGHTS).read_bytes() == before

@@ -53,8 +53,13 @@ class History:
     @property
     def best(self) -> Evaluation | None:
         """The lowest evaluation after a step, the earliest of equal ones."""
+        return next(iter(self.best_first), None)
+
+    @property
+    def best_first(self) -> list[Evaluation]:
+        """The evaluations after a step, from the lowest loss on."""
         judged = [each for each in self.evaluations if each.step]
-        return min(judged, key=lambda each: each.loss, default=None)
+        return sorted(judged, key=lambda each: each.loss)
 
     def to_json(self) -> str:
         """One line that `from_json` reads back equal, floats to the last bit."""

@@ -109,12 +109,13 @@ def train(
     folder.sweep()
     reporter = Reporter(folder, prepared, loaded, measurement.plan)
     _run(trainer, folder, reporter, screen, prepared.data.schedule)
+    chosen = None
     if trainer.finished:
-        trainer.choose()
+        chosen = trainer.choose()
         folder.finish(model.peft, card)
     reporter.end(trainer.history, finished=trainer.finished)
     result = _result(folder, trainer)
-    screen.print(_last_words(result, trainer.best_step, prepared.config), soft_wrap=True)
+    screen.print(_last_words(result, chosen), soft_wrap=True)
     return result
 
 
@@ -239,12 +240,11 @@ def _result(folder: RunFolder, trainer: Trainer) -> TrainResult:
     )
 
 
-def _last_words(result: TrainResult, best_step: int, config: TrainConfig) -> Text:
-    """What there is now and what to type next."""
+def _last_words(result: TrainResult, best: int | None) -> Text:
+    """What there is now and what to type next; `best` is the step that early stopping chose."""
     if not result.finished:
         return Text(f"Saved. Go on with: qlorachat train --resume --output {result.output}")
-    best = config.early_stopping is not None and best_step
-    chosen = f" (of step {best_step}, the best)" if best else ""
+    chosen = "" if best is None else f" (of step {best}, the best)"
     return Text(
         f"The adapter{chosen} is in {result.output}, the report in {result.report}.\n"
         f"Chat with it: qlorachat chat --adapter {result.output}"

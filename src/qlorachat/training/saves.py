@@ -63,10 +63,8 @@ class Saves:
         self._card = card
         self._keep = keep
 
-    def save(
-        self, step: int, peft: PeftModel, state: Mapping[str, Any], history: History, best: int
-    ) -> None:
-        """Write the checkpoint of `step`, then delete old ones but the `best` step's.
+    def save(self, step: int, peft: PeftModel, state: Mapping[str, Any], history: History) -> None:
+        """Write the checkpoint of `step`, then delete old ones but the best that is there.
 
         SaveFailed when the disk doesn't take it.
         """
@@ -85,7 +83,7 @@ class Saves:
                 f"The checkpoint of step {step} could not be written to {self._folder} ({error}): "
                 "free some space. The checkpoints before it are whole."
             ) from error
-        self._delete_old(best)
+        self._delete_old(history)
 
     def newest(self) -> Save | None:
         """The newest whole checkpoint; damaged ones are named and set aside."""
@@ -98,15 +96,23 @@ class Saves:
             save.folder.rename(aside)
         return None
 
-    def whole(self, step: int) -> Save:
-        """The checkpoint of a step; SaveFailed if it is damaged or could not be written then."""
-        save = self.at(step)
-        if not _is_whole(save.folder):
-            raise SaveFailed(
-                f"The best checkpoint, {save.folder}, is damaged or was never written: the others "
-                f"in {self._folder} are adapters too, take one of them."
-            )
-        return save
+    def best(self, history: History) -> Save:
+        """The whole checkpoint of the lowest evaluation; SaveFailed where no evaluation has one."""
+        for evaluation in history.best_first:
+            save = self.at(evaluation.step)
+            if _is_whole(save.folder):
+                if evaluation is not history.best:
+                    log.warning(
+                        "the best checkpoint, of step %d, is damaged or was never written: the "
+                        "best that is there, of step %d, takes its place",
+                        history.best_first[0].step,
+                        save.step,
+                    )
+                return save
+        raise SaveFailed(
+            f"No evaluation's checkpoint in {self._folder} is whole: the others there are adapters "
+            "too, take one of them."
+        )
 
     def at(self, step: int) -> Save:
         """The checkpoint of a step."""
@@ -118,8 +124,11 @@ class Saves:
         steps = [int(name.removeprefix("step-")) for name in names if UNFINISHED not in name]
         return [self.at(step) for step in sorted(steps, reverse=True)]
 
-    def _delete_old(self, best: int) -> None:
-        for save in self._all()[self._keep :]:
+    def _delete_old(self, history: History) -> None:
+        saves = self._all()
+        steps = {save.step for save in saves}
+        best = next((each.step for each in history.best_first if each.step in steps), None)
+        for save in saves[self._keep :]:
             if save.step != best:
                 shutil.rmtree(save.folder, ignore_errors=True)
 

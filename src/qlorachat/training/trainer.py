@@ -143,11 +143,16 @@ class Trainer:
         if self._chats is not None:
             self._chats.remember(self.history.chats)
 
-    def choose(self) -> None:
-        """Take the weights that the run is for: with early stopping the best. Raises SaveFailed."""
-        if self._config.early_stopping is not None and self.best_step:
-            weights = self._saves.whole(self.best_step).weights()
-            set_peft_model_state_dict(self._model.peft, weights)
+    def choose(self) -> int | None:
+        """Take the weights that the run is for: with early stopping the best that are there.
+
+        Their step, None for the last one's. Raises SaveFailed.
+        """
+        if self._config.early_stopping is None or not self.best_step:
+            return None
+        best = self._saves.best(self.history)
+        set_peft_model_state_dict(self._model.peft, best.weights())
+        return best.step
 
     def run(self, stop: StopRequest, watchers: Sequence[Watcher]) -> None:
         """Train to the end, or until `stop`; both leave a checkpoint of the last whole step.
@@ -268,9 +273,7 @@ class Trainer:
     def _save(self, *, must: bool) -> None:
         """A checkpoint of the last whole step; only one that `must` be ends the run by failing."""
         try:
-            self._saves.save(
-                self._done, self._model.peft, self._state(), self.history, self.best_step
-            )
+            self._saves.save(self._done, self._model.peft, self._state(), self.history)
         except SaveFailed as error:
             if must:
                 raise
