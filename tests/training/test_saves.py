@@ -1,15 +1,18 @@
 """Which checkpoints stay, and which one early stopping takes."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from qlorachat.adapters import AdapterCard
+from qlorachat.adapters.folder import WEIGHTS
 from qlorachat.training.history import Evaluation, History
-from qlorachat.training.saves import SaveFailed, Saves
+from qlorachat.training.saves import SaveFailed, Saves, write_adapter
 
 
 @pytest.fixture
@@ -45,6 +48,22 @@ def test_the_best_that_is_there_stays_and_is_taken(
     ]
 
 
+def test_weights_that_the_disk_does_not_take(peft: PeftModel, tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).mkdir()  # as a full disk, it fails within safetensors
+    with pytest.raises(OSError, match="directory"):
+        write_adapter(tmp_path, peft, torch.float32, AdapterCard())
+
+
 def test_no_evaluation_with_a_checkpoint(saves: Saves) -> None:
     with pytest.raises(SaveFailed, match="No evaluation's checkpoint"):
         saves.best(judged(step1=5.0))
+
+
+def test_a_copied_checkpoint_is_left_alone(peft: PeftModel, saves: Saves, tmp_path: Path) -> None:
+    saves.save(1, peft, {}, History())
+    copied = shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000009-backup")
+    saves.save(2, peft, {}, History())
+    newest = saves.newest()
+    assert newest is not None
+    assert newest.step == 2
+    assert copied.exists()

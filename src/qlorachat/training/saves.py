@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from copy import copy
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qlorachat.adapters import AdapterCard, write_card
 from qlorachat.adapters.folder import WEIGHTS
-from qlorachat.durable import UNFINISHED, file_sha256, whole_folder
+from qlorachat.durable import file_sha256, whole_folder
 from qlorachat.errors import QlorachatError
 from qlorachat.training.history import History
 from qlorachat.training.state_file import read_state, write_state
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _HISTORY = "history.json"
 _CHECKSUMS = "checksums.json"
+_NAME = re.compile(r"step-(\d+)")  # of a checkpoint's folder; a copy has another
 _DAMAGED = "damaged-"  # before the name of a checkpoint that is set aside
 
 
@@ -120,9 +122,9 @@ class Saves:
 
     def _all(self) -> list[Save]:
         """The newest first."""
-        names = (folder.name for folder in self._folder.glob("step-*"))
-        steps = [int(name.removeprefix("step-")) for name in names if UNFINISHED not in name]
-        return [self.at(step) for step in sorted(steps, reverse=True)]
+        found = ((folder, _NAME.fullmatch(folder.name)) for folder in self._folder.glob("step-*"))
+        saves = [Save(folder, int(match[1])) for folder, match in found if match]
+        return sorted(saves, key=lambda save: save.step, reverse=True)
 
     def _delete_old(self, history: History) -> None:
         saves = self._all()
@@ -134,15 +136,15 @@ class Saves:
 
 
 def write_adapter(folder: Path, peft: PeftModel, dtype: torch.dtype, card: AdapterCard) -> None:
-    """The trained weights as a PEFT folder, in `dtype`, with its card."""
+    """The trained weights as a PEFT folder, in `dtype`, with its card. Raises OSError."""
     trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
     # without the embedding's flag PEFT would ask the hub for the base's config
     tensors = get_peft_model_state_dict(peft, state_dict=trained, save_embedding_layers=False)
-    save_file(
-        {key: _stored(key, tensor, dtype) for key, tensor in tensors.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    stored = {key: _stored(key, tensor, dtype) for key, tensor in tensors.items()}
+    try:
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, which it reports in its own class
+        raise OSError(str(error)) from error
     config = copy(peft.peft_config["default"])
     config.target_modules = sorted(config.target_modules)  # a set's order would differ each time
     config.inference_mode = True
