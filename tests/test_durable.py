@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -70,3 +71,44 @@ def test_leftovers_are_swept(tmp_path: Path) -> None:
     assert _names(tmp_path) == {f"two{UNFINISHED}abc", "kept"}
     sweep(tmp_path)
     assert _names(tmp_path) == {"kept"}
+
+
+def test_a_kill_between_two_names_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "old").touch()
+    code = (
+        "import os, sys; from pathlib import Path; from qlorachat.durable import whole_folder\n"
+        "rename, renames = Path.rename, []\n"
+        "def die_at_the_second(path, target):\n"
+        "    renames.append(path)\n"
+        "    return rename(path, target) if len(renames) == 1 else os._exit(9)\n"
+        "Path.rename = die_at_the_second\n"
+        "with whole_folder(Path(sys.argv[1]), replace=True) as folder: (folder / 'new').touch()"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "made"], check=False)
+    assert killed.returncode == 9
+    assert "made" not in _names(tmp_path)
+    sweep(tmp_path, "made")
+    assert _names(tmp_path) == {"made"}
+    assert _names(tmp_path / "made") == {"old"}
+
+
+def test_an_old_folder_that_cannot_come_back_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "old").touch()
+    rename = Path.rename
+
+    def refuse_the_name(path: Path, target: Path) -> Path:
+        if target == tmp_path / "made":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_name)
+    with suppress(OSError), whole_folder(tmp_path / "made", replace=True) as folder:
+        (folder / "new").touch()
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["old"]
+    sweep(tmp_path)
+    assert _names(tmp_path / "made") == {"old"}

@@ -16,7 +16,7 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill; at the end of `with` it is synced and takes the name `target`.
 
     An error inside leaves nothing. With `replace`, a folder of that name gives way once the new
-    one is whole. Raises OSError.
+    one is whole; after a kill at that moment `sweep` brings it back. Raises OSError.
     """
     folder = Path(mkdtemp(prefix=f"{target.name}{UNFINISHED}", dir=target.parent))
     try:
@@ -31,9 +31,9 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 folder.rename(target)
             except BaseException:
                 (old / target.name).rename(target)
+                old.rmdir()
                 raise
-            finally:
-                shutil.rmtree(old)
+            shutil.rmtree(old)
         else:
             folder.rename(target)
         sync(target.parent)
@@ -72,9 +72,16 @@ def _share(path: Path) -> None:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove from `folder` what killed writers of the targets called `name` (a glob) left there."""
+    """Remove from `folder` what killed writers of the targets called `name` (a glob) left there.
+
+    A folder that had given way and whose successor never came is brought back. Raises OSError.
+    """
     for path in folder.glob(f"{name}{UNFINISHED}*"):
         if path.is_dir():
+            target = path.with_name(path.name.rpartition(UNFINISHED)[0])
+            old = path / target.name
+            if old.is_dir() and not target.exists():
+                old.rename(target)
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

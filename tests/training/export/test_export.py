@@ -303,6 +303,15 @@ def test_existing_folder_is_kept(plain: Path, tmp_path: Path) -> None:
     assert (target / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_model_that_a_killed_export_set_aside_comes_back(plain: Path, tmp_path: Path) -> None:
+    aside = tmp_path / "merged.tmp-abcdefgh" / "merged"
+    aside.mkdir(parents=True)
+    (aside / "config.json").touch()
+    with pytest.raises(ConfigError, match="exists: choose another --merged"):
+        run(plain, tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
 def test_overwrite_never_takes_what_is_read(tiny: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     adapter = write_lora(base / "lora", base)

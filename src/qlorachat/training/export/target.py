@@ -24,12 +24,17 @@ class ExportTarget:
         return cls(Path(merged).expanduser().resolve(), file, overwrite)
 
     def check(self, *sources: Path) -> None:
-        """ConfigError for a place that is taken, or that holds one of the `sources` to be read."""
+        """ConfigError for a place that is taken, or that holds one of the `sources` to be read.
+
+        What a killed export left there is cleared up first.
+        """
         if any(source.resolve().is_relative_to(self.merged) for source in sources):
             raise ConfigError(
                 f"{self.merged} holds the base or the adapter: choose another --merged.",
                 param="merged",
             )
+        with _disk(self.merged):
+            sweep(self.merged.parent, self.merged.name)
         self._check_merged()
         if self.gguf is not None:
             self._check_gguf(self.gguf)
@@ -66,7 +71,6 @@ class ExportTarget:
         """A folder to fill, which then takes the name of the merged model's; QlorachatError."""
         with _disk(self.merged):
             self.merged.parent.mkdir(parents=True, exist_ok=True)
-            sweep(self.merged.parent, self.merged.name)
             with whole_folder(self.merged, replace=self.overwrite) as folder:
                 yield folder
 
