@@ -11,7 +11,7 @@ from peft import PeftModel
 from qlorachat.adapters import AdapterCard
 from qlorachat.adapters.folder import CARD, CONFIG, WEIGHTS
 from qlorachat.config import check
-from qlorachat.durable import sweep, sync, whole_folder, write_whole
+from qlorachat.durable import sweep, sync, whole_folder
 from qlorachat.errors import ConfigError, QlorachatError
 from qlorachat.training.config import TrainConfig
 from qlorachat.training.saves import write_adapter
@@ -71,11 +71,11 @@ class RunFolder:
     def begin(self, config: TrainConfig, fingerprint: str, *, overwrite: bool) -> None:
         """Make the folder and note the run in it; with `overwrite` an earlier run's part goes."""
         try:
-            if overwrite and self._record.exists():
-                shutil.rmtree(self.checkpoints)
-            self.checkpoints.mkdir(parents=True)
+            self.output.mkdir(parents=True, exist_ok=True)
             record = {"data": fingerprint, "config": config.model_dump(exclude_unset=True)}
-            write_whole(self._record, json.dumps(record, ensure_ascii=False, indent=1))
+            text = json.dumps(record, ensure_ascii=False, indent=1)
+            with whole_folder(self.checkpoints, replace=overwrite) as folder:
+                (folder / self._record.name).write_text(text, "utf-8")
         except OSError as error:
             raise ConfigError(
                 f"The folder {self.checkpoints} cannot be made ({error.strerror or error}): choose "
@@ -88,6 +88,8 @@ class RunFolder:
 
         ConfigError when there is none, or when `config` asks for something else than it.
         """
+        if not self.checkpoints.exists():
+            self.sweep()  # a kill may have left an earlier run's half way out of the new one's
         if not self._record.exists():
             raise ConfigError(
                 f"There is no unfinished run in {self.output}: give the --output of one, or leave "
