@@ -334,6 +334,16 @@ def test_the_system_prompt_serves_dialogs_that_bring_none() -> None:
         assert "SYSTEM" not in engine.render(own).text
 
 
+def test_an_empty_system_prompt_is_one(make_adapter: Callable[..., Path]) -> None:
+    adapters = {"empty": make_adapter(system=""), "full": make_adapter(system="SYSTEM")}
+    empty = "<|im_start|>system\n<|im_end|>"
+    with fake_engine(FakeBackend(lambda r, p: p), adapters=adapters) as engine:
+        assert empty in engine.render("hi", adapter="empty").text
+        assert "system" not in engine.render("hi").text
+    with fake_engine(FakeBackend(lambda r, p: p), adapters=adapters, system="") as engine:
+        assert empty in engine.render("hi", adapter="full").text
+
+
 def test_rendered_and_raw_prompts_are_taken_as_they_are() -> None:
     seen: list[TokenRequest] = []
 

@@ -307,8 +307,10 @@ class ChatEngine:
     def _with_system(
         self, dialog: Sequence[Message], loaded: LoadedAdapter | None
     ) -> Sequence[Message]:
-        system = self.config.system or (loaded.system if loaded else None)
-        if not system or any(message.role == "system" for message in dialog):
+        system = self.config.system
+        if system is None and loaded:
+            system = loaded.system
+        if system is None or any(message.role == "system" for message in dialog):
             return dialog
         return (Message("system", system), *dialog)
 

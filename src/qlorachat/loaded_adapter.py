@@ -41,11 +41,11 @@ def differences(adapter: Adapter, info: ModelInfo, config: EngineConfig) -> Iter
     """What is served otherwise than the adapter was trained, a line each."""
     card = adapter.card or AdapterCard()
     compared = (
-        ("the quantization", card.quantization, info.quantization),
+        ("the quantization", card.quantization, info.quantization or None),
         ("the template", card.template, config.template),
         ("the system prompt", card.system, config.system),
         ("the base's revision", card.revision, config.revision),
     )
     for what, trained, served in compared:
-        if trained and served and trained != served:
+        if trained is not None and served is not None and trained != served:
             yield f"{what} was {trained!r} in training and is {served!r} here."

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qlorachat import ChatEngine
 from qlorachat.adapters import AdapterCard, inspect_adapter
 from qlorachat.adapters.folder import WEIGHTS
-from qlorachat.checkpoints import load_model, locate
+from qlorachat.checkpoints import load_model, locate, read_tokenizer
 from qlorachat.errors import ConfigError, ModelError, QlorachatError
+from qlorachat.messages import Message
+from qlorachat.protocols import Segment
+from qlorachat.templates import ChatML
+from qlorachat.training.chats import sample_chats
 from qlorachat.training.config import TrainConfig
+from qlorachat.training.export.check import read_questions
 from qlorachat.training.history import History
 from qlorachat.training.run import TrainResult, train
 from qlorachat.training.saves import Saves
@@ -147,6 +152,29 @@ def test_prompts_of_the_sample_chats(run: Trains, tmp_path: Path) -> None:
     prompts.write_text("こんにちは、ずんだもん\n\nWho, me?\n", "utf-8")
     asked = {chat.prompt for chat in _history(run(chat_prompts=str(prompts))).chats}
     assert asked == {"こんにちは、ずんだもん", "Who, me?"}
+
+
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+def test_what_is_asked_has_the_system_prompt_of_the_rows(
+    system: str | None, tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    rendered: set[tuple[str, ...]] = set()
+
+    class Watched(ChatML):
+        def render(
+            self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+        ) -> list[Segment]:
+            rendered.add(tuple(each.content for each in messages if each.role == "system"))
+            return super().render(messages, add_generation_prompt=add_generation_prompt)
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Who, me?", "utf-8")
+    checkpoint, template, tokenizer = locate(str(tiny)), Watched(), read_tokenizer(tiny)
+    config = TrainConfig(system=system, chat_prompts=str(prompts))
+    for data in (None, str(rows)):
+        read_questions(data, template, tokenizer, stop_ids=frozenset(), system=system)
+    sample_chats((), checkpoint, template, tokenizer, config)
+    assert rendered == {() if system is None else (system,)}
 
 
 def test_a_dry_run_writes_nothing(settings: dict[str, Any], screen: Console) -> None:

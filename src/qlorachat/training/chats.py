@@ -140,7 +140,7 @@ def _asked(config: TrainConfig) -> list[tuple[Message, ...]]:
             "give a text file in UTF-8 with one prompt a line.",
             param="chat_prompts",
         ) from None
-    system = (Message("system", config.system),) if config.system else ()
+    system = (Message("system", config.system),) if config.system is not None else ()
     if dialogs := [(*system, Message("user", line.strip())) for line in lines if line.strip()]:
         return dialogs
     raise ConfigError(

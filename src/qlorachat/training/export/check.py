@@ -93,7 +93,7 @@ def read_questions(
     and HubError.
     """
     if data is None:
-        first = (Message("system", system),) if system else ()
+        first = (Message("system", system),) if system is not None else ()
         dialogs = [(*first, Message("user", prompt)) for prompt in PROMPTS]
         prompts = tuple(build_prompt(template, dialog, tokenizer) for dialog in dialogs)
         return Questions("our prompts, answered by the adapter", stop_ids, prompts=prompts)

@@ -43,6 +43,10 @@ class Export:
     system: str | None  # system prompt that the adapter was trained with
     check: Check | None  # None where none was asked for
 
+    @property
+    def _system(self) -> str:
+        return f"the system prompt: {self.system}" if self.system else "an empty system prompt."
+
     def __str__(self) -> str:
         """Lines for people."""
         named = self.template not in (None, CHECKPOINT)
@@ -52,7 +56,7 @@ class Export:
                 *([str(self.check)] if self.check else []),
                 f"The merged model is in {self.merged}. Chat with it: "
                 f"qlorachat chat --model {self.merged} --quantization 16bit{template}",
-                *([f"It was trained with the system prompt: {self.system}"] if self.system else []),
+                *([] if self.system is None else [f"It was trained with {self._system}"]),
                 *([f"The same for llama.cpp: {self.gguf}"] if self.gguf else []),
             ]
         )
