@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qlorachat import ChatEngine
-from qlorachat.adapters import AdapterCard, inspect_adapter
+from qlorachat.adapters import AdapterCard, inspect_adapter, write_card
 from qlorachat.adapters.folder import WEIGHTS
 from qlorachat.checkpoints import load_model, locate, read_tokenizer
 from qlorachat.errors import ConfigError, ModelError, QlorachatError
@@ -30,6 +30,7 @@ from qlorachat.training.history import History
 from qlorachat.training.run import TrainResult, train
 from qlorachat.training.saves import Saves
 from qlorachat.training.trainer import TrainingFailed
+from tests.lora import write_lora
 
 Trains = Callable[..., TrainResult]
 
@@ -324,6 +325,32 @@ def test_going_on_from_an_adapter(run: Trains, tmp_path: Path) -> None:
     assert evaluations[1][0].loss < evaluations[0][0].loss - 0.1
     with pytest.raises(ConfigError, match="brings its own"):
         run(output=str(tmp_path / "third"), init_adapter=str(first.output), rank=8)
+
+
+def test_what_an_initial_adapter_was_trained_for_otherwise_is_said(
+    run: Trains, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_lora(tmp_path / "lora", tiny)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "other/model-13b"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    write_card(folder, AdapterCard(template="llama2", system="Be brief."))
+    with caplog.at_level(logging.WARNING):
+        run(init_adapter=str(folder), rank=4, max_steps=1)
+    assert "other/model-13b" in caplog.text
+    assert "the template of" in caplog.text
+    assert "was 'llama2' in its training and is 'chatml' here" in caplog.text
+    assert "system prompt" not in caplog.text
+
+
+def test_whole_weights_of_an_initial_adapter_train_in_float32(
+    run: Trains, tiny: Path, tmp_path: Path
+) -> None:
+    folder = write_lora(tmp_path / "lora", tiny, modules_to_save=["lm_head"])
+    result = run(init_adapter=str(folder), rank=4, max_steps=2)
+    saved = load_file(result.output / "checkpoints" / "step-000002" / WEIGHTS)
+    head = next(tensor for name, tensor in saved.items() if "lm_head" in name)
+    assert not torch.equal(head, head.bfloat16().float())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The model that trains: a frozen 4-bit base with float32 LoRA weights on its linear layers."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,8 @@ from qlorachat.training.fused import fuse_layers
 from qlorachat.training.lora_linear import LoraLinear4bit
 from qlorachat.training.loss import answer_loss
 from qlorachat.training.memory.activations import checkpoints_layers
+
+log = logging.getLogger(__name__)
 
 # what some architectures do to their logits, which the loss does not know of
 _CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -148,9 +151,14 @@ def _continued(
     loaded: LoadedModel, checkpoint: Checkpoint, config: TrainConfig, folder: Path
 ) -> PeftModel:
     adapter = read_adapter(folder, shapes=linear_shapes(checkpoint), base_name=checkpoint.name)
+    for warning in adapter.warnings:
+        log.warning("%s", warning)
     _refuse_other_settings(adapter.settings, config, folder)
     settings = LoraConfig(**adapter.peft_config, lora_dropout=config.dropout)
     peft = _with_lora(loaded, checkpoint, settings)
+    for parameter in peft.parameters():  # modules_to_save are copies in the base's 16 bit
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     set_peft_model_state_dict(peft, dict(adapter.tensors))
     return peft
 

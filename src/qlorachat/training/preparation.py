@@ -1,10 +1,13 @@
 """Everything a run needs to know before the base's weights are read."""
 
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qlorachat.adapters import AdapterCard
+from qlorachat.adapters.card import read_card
 from qlorachat.adapters.config import read_config as read_adapter_config
 from qlorachat.checkpoints import Checkpoint, locate, read_tokenizer
 from qlorachat.config import DEMO_MODEL
@@ -18,6 +21,8 @@ from qlorachat.training.data.batches import MicroBatch, plan_evaluation, plan_sc
 from qlorachat.training.data.rows import BadRow, Row, Rows, read_rows
 from qlorachat.training.data.samples import Samples, build_samples
 from qlorachat.training.trainer import Data
+
+log = logging.getLogger(__name__)
 
 MOST_HELD_OUT = 256  # rows; more tell little and cost each evaluation
 
@@ -105,6 +110,8 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
     init = config.init_adapter and plugins.locate_adapter(
         config.init_adapter, offline=config.offline
     )
+    if init:
+        _say_what_differs(init, template, config)
     rows = _read(data, config)
     apart = _read(config.eval_data, config) if config.eval_data else None
     learned, held_out = (rows.rows, apart.rows) if apart else _split(rows.rows, config)
@@ -157,6 +164,18 @@ def _refuse_too_little(config: TrainConfig, rows: Rows, samples: Samples, judged
             "larger --eval-share.",
             param="early_stopping",
         )
+
+
+def _say_what_differs(init: Path, template: Template, config: TrainConfig) -> None:
+    """A warning where the initial adapter was trained on other prompts than the run's."""
+    card = read_card(init) or AdapterCard()
+    compared = (
+        ("template", card.template, template.name),
+        ("system prompt", card.system, config.system),
+    )
+    for what, before, now in compared:
+        if card.template is not None and before != now:
+            log.warning("the %s of %s was %r in its training and is %r here", what, init, before, now)
 
 
 def _fit_context(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
