@@ -4,7 +4,9 @@ import io
 import json
 import logging
 import shutil
+import signal
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from qlorachat.errors import ConfigError, ModelError, QlorachatError
 from qlorachat.messages import Message
 from qlorachat.protocols import Segment
 from qlorachat.templates import ChatML
-from qlorachat.training.chats import sample_chats
+from qlorachat.training.chats import SampleChats, sample_chats
 from qlorachat.training.config import TrainConfig
 from qlorachat.training.export.check import read_questions
-from qlorachat.training.history import History
+from qlorachat.training.history import Chat, History
+from qlorachat.training.model import TrainedModel
 from qlorachat.training.run import TrainResult, train
 from qlorachat.training.saves import Saves
 from qlorachat.training.trainer import TrainingFailed
@@ -270,8 +273,48 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good(
     run: Trains, settings: dict[str, Any]
 ) -> None:
     with pytest.raises(TrainingFailed, match=r"loss is .*last good checkpoint is .*step-0000"):
-        run(learning_rate=1e30, warmup=0.5, max_grad_norm=1e30, save_steps=1, max_steps=20)
+        run(
+            learning_rate=1e30,
+            warmup=0.5,
+            max_grad_norm=1e30,
+            eval_share=0.0,
+            save_steps=100,
+            max_steps=20,
+        )
     assert not (Path(settings["output"]) / "adapter_model.safetensors").exists()
+
+
+def test_memory_that_runs_out_costs_no_step(
+    run: Trains, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = TrainedModel.loss, count()
+
+    def run_out(model: TrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if torch.is_grad_enabled() and next(calls) == 2 + 2 * 3 + 1:  # the plan's passes, 3 steps
+            raise torch.OutOfMemoryError
+        return loss(model, batch)
+
+    monkeypatch.setattr(TrainedModel, "loss", run_out)
+    with pytest.raises(TrainingFailed, match=r"Out of memory at step 4.* is .*step-000003"):
+        run(eval_share=0.0, save_steps=100)
+    assert run(resume=True, eval_share=0.0, save_steps=50).steps == 6
+
+
+def test_a_run_that_ends_before_its_first_step_is_judged_once(
+    run: Trains, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = SampleChats.ask
+
+    def interrupt(chats: SampleChats, model: TrainedModel, step: int) -> list[Chat]:
+        signal.raise_signal(signal.SIGINT)
+        return ask(chats, model, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleChats, "ask", interrupt)
+        assert run(max_steps=1).steps == 0
+    history = _history(run(resume=True, max_steps=1))
+    assert [each.step for each in history.evaluations] == [0, 1]
+    assert {each.step for each in history.chats} == {0, 1}
 
 
 def test_a_bad_row_costs_no_sample_chat(run: Trains, tmp_path: Path) -> None:
@@ -339,7 +382,7 @@ def test_what_an_initial_adapter_was_trained_for_otherwise_is_said(
         run(init_adapter=str(folder), rank=4, max_steps=1)
     assert "other/model-13b" in caplog.text
     assert "the template of" in caplog.text
-    assert "was 'llama2' in its training and is 'chatml' here" in caplog.text
+    assert "was 'llama2' in training and is 'chatml' here" in caplog.text
     assert "system prompt" not in caplog.text
 
 

@@ -175,7 +175,7 @@ def _say_what_differs(init: Path, template: Template, config: TrainConfig) -> No
     )
     for what, before, now in compared:
         if card.template is not None and before != now:
-            log.warning("the %s of %s was %r in its training and is %r here", what, init, before, now)
+            log.warning("the %s of %s was %r in training and is %r here", what, init, before, now)
 
 
 def _fit_context(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:

@@ -19,7 +19,10 @@ from qlorachat.training.saves import write_adapter
 _FILES = (WEIGHTS, CONFIG, CARD)  # the card last: its hashes are of the two before it
 
 # what a resumed run may be told anew: it changes nothing that is learned
-_FREE = {"output", "device", "memory", "offline", "data", "eval_data", "keep"}
+_FREE = {
+    *("output", "device", "memory", "offline", "data", "eval_data"),
+    *("keep", "save_steps", "chat_steps", "chat_prompts", "chat_tokens"),
+}
 
 
 @dataclass(frozen=True, slots=True)

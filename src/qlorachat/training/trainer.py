@@ -164,7 +164,7 @@ class Trainer:
         self._started = perf_counter()
         with _neftune(self._model, self._config.neftune):
             try:
-                if not self._done:
+                if not (self._done or self.history.evaluations or self.history.chats):
                     self._look()
                 while not self.finished and not stop.requested:
                     if self._train_step(stop):
@@ -303,18 +303,25 @@ class Trainer:
     def _refuse_nan(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and (math.isfinite(norm) or self._scaler.is_enabled()):
             return
+        self._keep_done()
         raise TrainingFailed(
             f"At step {self._done + 1} the loss is {loss} and the gradient's norm {norm}: nothing "
             f"was changed by it. {self._last_good()} Try a lower --learning-rate."
         )
 
     def _out_of_memory(self, batches: Sequence[dict[str, torch.Tensor]]) -> TrainingFailed:
+        self._keep_done()
         rows, tokens = max((tuple(b["input_ids"].shape) for b in batches), key=math.prod)
         return TrainingFailed(
             f"Out of memory at step {self._done + 1}, on {rows} rows of {tokens} tokens: use "
             f"--micro-batch 1 --accumulation {self._config.micro_batch * self._config.accumulation}"
             f" or a lower --max-length. {self._last_good()}"
         )
+
+    def _keep_done(self) -> None:
+        """Save the steps before one that failed, which has changed nothing yet."""
+        if self._done:
+            self._save(must=False)
 
     def _last_good(self) -> str:
         newest = self._saves.newest()
