@@ -264,6 +264,23 @@ def test_changed_data_is_not_resumed(run: Trains, tmp_path: Path, rows: Path) ->
         run(data=str(copy), resume=True)
 
 
+def test_a_changed_base_is_not_resumed(run: Trains, tiny: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    run(model=str(base), max_steps=1)
+    weights = base / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(ConfigError, match="base has changed"):
+        run(model=str(base), max_steps=1, resume=True)
+
+
+def test_a_resumed_run_may_go_in_smaller_passes(run: Trains) -> None:
+    run(max_steps=1)
+    resumed = run(max_steps=1, micro_batch=1, accumulation=8, chat_tokens=0, resume=True)
+    assert resumed.steps == 1
+
+
 def test_nothing_to_resume(run: Trains) -> None:
     with pytest.raises(ConfigError, match="no unfinished run"):
         run(resume=True)
@@ -295,7 +312,7 @@ def test_memory_that_runs_out_costs_no_step(
         return loss(model, batch)
 
     monkeypatch.setattr(TrainedModel, "loss", run_out)
-    with pytest.raises(TrainingFailed, match=r"Out of memory at step 4.* is .*step-000003"):
+    with pytest.raises(TrainingFailed, match=r"at step 4.*--accumulation 8\..* is .*step-000003"):
         run(eval_share=0.0, save_steps=100)
     assert run(resume=True, eval_share=0.0, save_steps=50).steps == 6
 

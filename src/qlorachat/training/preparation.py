@@ -1,8 +1,9 @@
 """Everything a run needs to know before the base's weights are read."""
 
+import hashlib
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from qlorachat.adapters import AdapterCard
 from qlorachat.adapters.card import read_card
 from qlorachat.adapters.config import read_config as read_adapter_config
 from qlorachat.checkpoints import Checkpoint, locate, read_tokenizer
+from qlorachat.checkpoints.checkpoint import weight_files
 from qlorachat.config import DEMO_MODEL
 from qlorachat.errors import ConfigError
 from qlorachat.plugins import PluginHost
@@ -37,20 +39,30 @@ class Preparation:
     template: Template
     init_adapter: Path | None
     rows: Rows
-    fingerprint: str  # of all data
+    data_sha256: str  # of all data
     samples: Samples
     held_out: Samples
     data: Data
     chats: SampleChats | None
 
-    def check_unchanged(self, fingerprint: str | None) -> None:
-        """ConfigError for a run that began with other data; None is a new run."""
-        if fingerprint not in (None, self.fingerprint):
-            raise ConfigError(
-                "The data has changed since the run began: bring its old contents back, or begin "
-                "anew with --overwrite.",
-                param="data",
-            )
+    @property
+    def marks(self) -> dict[str, str | None]:
+        """By which a run that is resumed knows its data and its base again."""
+        return {
+            "data": self.data_sha256,
+            "base": _hash_base(self.checkpoint.folder),
+            "revision": self.checkpoint.revision,
+        }
+
+    def check_unchanged(self, begun: Mapping[str, str | None]) -> None:
+        """ConfigError for a run that began, by its marks, with other data or another base."""
+        for what, param in (("data", "data"), ("base", "model")):
+            if begun.get(what) not in (None, self.marks[what]):
+                raise ConfigError(
+                    f"The {what} has changed since the run began: bring its old contents back, or "
+                    "begin anew with --overwrite.",
+                    param=param,
+                )
 
     @property
     def planned(self) -> TrainConfig:
@@ -139,7 +151,7 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
         samples=samples,
         held_out=judged,
         data=planned,
-        fingerprint=" ".join(each.sha256 for each in (rows, apart) if each),
+        data_sha256=" ".join(each.sha256 for each in (rows, apart) if each),
         chats=sample_chats(
             [row for row in shown if row.line in usable],
             checkpoint,
@@ -190,6 +202,19 @@ def _fit_context(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
             param="max_length",
         )
     return config.model_copy(update={"max_length": room})
+
+
+def _hash_base(folder: Path) -> str:
+    """Of config.json and of each weight file's size and two MiB of it; all of it takes minutes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(size // 2)
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
 
 
 def _read(reference: str, config: TrainConfig) -> Rows:

@@ -76,15 +76,15 @@ def train(
     asked = config or check(TrainConfig, options)
     screen = console or Console(stderr=True)
     folder = RunFolder(Path(asked.output))
-    fingerprint = None
+    marks: dict[str, str | None] = {}
     if resume:
-        asked, fingerprint = folder.resumed(asked)
+        asked, marks = folder.resumed(asked)
     elif not dry_run:
         folder.check_free(asked, overwrite=overwrite)
     device = resolve_device(asked.device)
     limit = memory_limit(asked.memory, device)
     prepared = prepare(asked, plugins or create_manager())
-    prepared.check_unchanged(fingerprint)
+    prepared.check_unchanged(marks)
     screen.print(
         preview(
             prepared.rows,
@@ -103,17 +103,18 @@ def train(
     if dry_run:
         return None
     if not resume:
-        folder.begin(asked, prepared.fingerprint, overwrite=overwrite)
-    elif save := saves.newest():
-        trainer.resume(save)
-    folder.sweep()
-    reporter = Reporter(folder, prepared, loaded, measurement.plan)
-    _run(trainer, folder, reporter, screen, prepared.data.schedule)
-    chosen = None
-    if trainer.finished:
-        chosen = trainer.choose()
-        folder.finish(model.peft, card)
-    reporter.end(trainer.history, finished=trainer.finished)
+        folder.begin(asked, prepared.marks, overwrite=overwrite)
+    with folder.lock():
+        folder.sweep()
+        if resume and (save := saves.newest()):
+            trainer.resume(save)
+        reporter = Reporter(folder, prepared, loaded, measurement.plan)
+        _run(trainer, folder, reporter, screen, prepared.data.schedule)
+        chosen = None
+        if trainer.finished:
+            chosen = trainer.choose()
+            folder.finish(model.peft, card)
+        reporter.end(trainer.history, finished=trainer.finished)
     result = _result(folder, trainer)
     screen.print(_last_words(result, chosen), soft_wrap=True)
     return result

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from qlorachat.adapters import AdapterCard
@@ -23,6 +26,9 @@ _FREE = {
     *("output", "device", "memory", "offline", "data", "eval_data"),
     *("keep", "save_steps", "chat_steps", "chat_prompts", "chat_tokens"),
 }
+
+# these too, where a step still has as many rows: they are the same ones
+_PASSES = {"micro_batch", "accumulation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +77,19 @@ class RunFolder:
                 param="output",
             )
 
-    def begin(self, config: TrainConfig, fingerprint: str, *, overwrite: bool) -> None:
-        """Make the folder and note the run in it; with `overwrite` an earlier run's part goes."""
+    def begin(
+        self, config: TrainConfig, marks: Mapping[str, str | None], *, overwrite: bool
+    ) -> None:
+        """Make the folder and note the run in it; with `overwrite` an earlier run's part goes.
+
+        `marks` are those of its data and base (see Preparation.marks).
+        """
+        if overwrite and self._record.exists():
+            with self.lock():  # let go again: Windows renames no folder with an open file
+                pass
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            record = {"data": fingerprint, "config": config.model_dump(exclude_unset=True)}
+            record = {**marks, "config": config.model_dump(exclude_unset=True)}
             text = json.dumps(record, ensure_ascii=False, indent=1)
             with whole_folder(self.checkpoints, replace=overwrite) as folder:
                 (folder / self._record.name).write_text(text, "utf-8")
@@ -86,8 +100,25 @@ class RunFolder:
                 param="output",
             ) from error
 
-    def resumed(self, config: TrainConfig) -> tuple[TrainConfig, str]:
-        """The settings of the run that is there, and its data's fingerprint.
+    def lock(self) -> AbstractContextManager[object]:
+        """The run for this process alone within `with`; ConfigError where another has it."""
+        try:
+            return FileLock(self.checkpoints / "lock").acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"The run in {self.output} is going on in another process: wait until it has "
+                "ended, or choose another --output.",
+                param="output",
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"The folder {self.checkpoints} cannot be written ({error.strerror or error}): "
+                "allow it, or choose another --output.",
+                param="output",
+            ) from error
+
+    def resumed(self, config: TrainConfig) -> tuple[TrainConfig, dict[str, str | None]]:
+        """The settings of the run that is there, and the marks that it began with.
 
         ConfigError when there is none, or when `config` asks for something else than it.
         """
@@ -101,15 +132,18 @@ class RunFolder:
             )
         record = json.loads(self._record.read_text("utf-8"))
         begun = check(TrainConfig, record["config"])
-        for name in sorted(config.model_fields_set - _FREE):
+        said = {name: getattr(config, name) for name in config.model_fields_set & (_FREE | _PASSES)}
+        revision = {"revision": record.get("revision") or begun.revision}
+        resumed = check(TrainConfig, {**record["config"], **revision, **said})
+        free = _FREE | _PASSES if _step_rows(resumed) == _step_rows(begun) else _FREE
+        for name in sorted(config.model_fields_set - free):
             if getattr(config, name) != getattr(begun, name):
                 raise ConfigError(
                     f"The run in {self.output} was begun with {name} = {getattr(begun, name)!r}, "
                     f"not {getattr(config, name)!r}: leave {name} out to resume it.",
                     param=name,
                 )
-        said = {name: getattr(config, name) for name in config.model_fields_set & _FREE}
-        return check(TrainConfig, {**record["config"], **said}), record["data"]
+        return resumed, record
 
     def sweep(self) -> None:
         """Remove what a killed part of the run left half written."""
@@ -131,3 +165,7 @@ class RunFolder:
                 f"The adapter could not be written to {self.output} ({error}): free some space, "
                 "then go on with --resume."
             ) from error
+
+
+def _step_rows(config: TrainConfig) -> int:
+    return config.micro_batch * config.accumulation

@@ -172,7 +172,7 @@ class Trainer:
             except torch.OutOfMemoryError:
                 raise TrainingFailed(
                     f"Out of memory beside the training, after step {self._done}, in an evaluation "
-                    "or a sample chat: use a lower --micro-batch, or --chat-tokens 0. "
+                    f"or a sample chat: --resume with --chat-tokens 0{self._or_smaller_passes()}. "
                     f"{self._last_good()}"
                 ) from None
             self._save(must=True)
@@ -313,10 +313,16 @@ class Trainer:
         self._keep_done()
         rows, tokens = max((tuple(b["input_ids"].shape) for b in batches), key=math.prod)
         return TrainingFailed(
-            f"Out of memory at step {self._done + 1}, on {rows} rows of {tokens} tokens: use "
-            f"--micro-batch 1 --accumulation {self._config.micro_batch * self._config.accumulation}"
-            f" or a lower --max-length. {self._last_good()}"
+            f"Out of memory at step {self._done + 1}, on {rows} rows of {tokens} tokens: begin "
+            f"anew with a lower --max-length{self._or_smaller_passes('--resume with ')}. "
+            f"{self._last_good()}"
         )
+
+    def _or_smaller_passes(self, how: str = "") -> str:
+        """The advice that leaves a step's rows as they are, if there is one."""
+        rows = self._config.micro_batch * self._config.accumulation
+        smaller = f", or {how}--micro-batch 1 --accumulation {rows}"
+        return smaller if self._config.micro_batch > 1 else ""
 
     def _keep_done(self) -> None:
         """Save the steps before one that failed, which has changed nothing yet."""
