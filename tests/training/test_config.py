@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from qlorachat.cli.settings import parse
+from qlorachat.cli.train import TrainSettings
 from qlorachat.config import check
 from qlorachat.errors import ConfigError
 from qlorachat.training.config import RECIPES, TrainConfig
@@ -39,6 +41,18 @@ def test_the_example_is_valid() -> None:
 
 def test_a_new_line_may_be_written_as_on_a_command_line() -> None:
     assert TrainConfig(separator=r"\n--\n").separator == "\n--\n"
+
+
+def test_targets_may_be_one_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text('targets = "q_proj,v_proj"')
+    flags = ["--targets", "q_proj", "--targets", "v_proj"]
+    found = [
+        parse(TrainSettings, each, command="train") for each in (flags, ["--config", str(file)])
+    ]
+    monkeypatch.setenv("QLORACHAT_TARGETS", "q_proj,v_proj")
+    found.append(parse(TrainSettings, [], command="train"))
+    assert [each.train_config().targets for each in found] == [["q_proj", "v_proj"]] * 3
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,21 @@ def test_what_it_shows(run: Trains, screen: Console) -> None:
     assert [event.step for event in events.Scalars("eval/loss")] == [0, 2, 4, 6]
 
 
+def test_bad_rows_to_evaluate_on_are_counted_among_their_own(
+    run: Trains, screen: Console, tmp_path: Path
+) -> None:
+    data = tmp_path / "held-out.jsonl"
+    rows = [{"instruction": "Hi?", "output": ""}] * 59 + [{"instruction": "Hi?", "output": "Hi."}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    result = run(eval_data=str(data), max_steps=1)
+    assert (
+        "100 rows of rows.jsonl and held-out.jsonl: 40 samples to learn, 1 held out, "
+        "59 bad (59.0 %)"
+    ) in " ".join(shown(screen).split())
+    assert "line 1: of held-out.jsonl: its answer is empty" in shown(screen)
+    assert "rows.jsonl and held-out.jsonl" in result.report.read_text("utf-8")
+
+
 def test_prompts_of_the_sample_chats(run: Trains, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("こんにちは、ずんだもん\n\nWho, me?\n", "utf-8")
@@ -449,6 +464,7 @@ def test_every_way_to_train(run: Trains, changes: dict[str, Any]) -> None:
         ({"early_stopping": 1, "eval_share": 0.0}, "early_stopping needs rows"),
         ({"device": "cuda:99"}, "CUDA|build for the CPU"),
         ({"optimizer": "adamx"}, "optimizer adamx"),
+        ({"optimizer": "schedule_free_sgd"}, "schedule_free_sgd cannot be used: it must"),
         ({"scheduler": "cosign"}, "scheduler cosign"),
         ({"template": "llama3"}, "llama3"),
         ({"memory": "much"}, "memory is a size"),

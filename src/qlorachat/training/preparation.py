@@ -38,8 +38,8 @@ class Preparation:
     tokenizer: Tokenizer
     template: Template
     init_adapter: Path | None
-    rows: Rows
-    data_sha256: str  # of all data
+    rows: Rows  # those to evaluate on too; the hash is of what is learned
+    fingerprint: str  # of all data
     samples: Samples
     held_out: Samples
     data: Data
@@ -49,7 +49,7 @@ class Preparation:
     def marks(self) -> dict[str, str | None]:
         """By which a run that is resumed knows its data and its base again."""
         return {
-            "data": self.data_sha256,
+            "data": self.fingerprint,
             "base": _hash_base(self.checkpoint.folder),
             "revision": self.checkpoint.revision,
         }
@@ -129,9 +129,11 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
     learned, held_out = (rows.rows, apart.rows) if apart else _split(rows.rows, config)
     samples = _build(learned, template, tokenizer, config)
     judged = _build(held_out, template, tokenizer, config)
-    if apart:
-        judged = replace(judged, bad=tuple(_of(apart.name, (*apart.bad, *judged.bad))))
     _refuse_too_little(config, rows, samples, judged)
+    fingerprint = " ".join(each.sha256 for each in (rows, apart) if each)
+    if apart:
+        judged = replace(judged, bad=tuple(_of(apart.name, judged.bad)))
+        rows = _joined(rows, apart)
     shown, built = (held_out, judged) if judged.samples else (learned, samples)
     usable = {sample.line for sample in built.samples}
     planned = Data(
@@ -151,7 +153,7 @@ def prepare(config: TrainConfig, plugins: PluginHost) -> Preparation:
         samples=samples,
         held_out=judged,
         data=planned,
-        data_sha256=" ".join(each.sha256 for each in (rows, apart) if each),
+        fingerprint=fingerprint,
         chats=sample_chats(
             [row for row in shown if row.line in usable],
             checkpoint,
@@ -229,6 +231,16 @@ def _split(rows: Sequence[Row], config: TrainConfig) -> tuple[Sequence[Row], Seq
     places = set(random.Random(config.seed).sample(range(len(rows)), max(0, count)))  # noqa: S311
     held_out = [row for place, row in enumerate(rows) if place in places]
     return [row for place, row in enumerate(rows) if place not in places], held_out
+
+
+def _joined(rows: Rows, apart: Rows) -> Rows:
+    """The rows to learn and those to evaluate on, for people to see."""
+    return replace(
+        rows,
+        name=f"{rows.name} and {apart.name}",
+        rows=(*rows.rows, *apart.rows),
+        bad=(*rows.bad, *_of(apart.name, apart.bad)),
+    )
 
 
 def _of(name: str, bad: Iterable[BadRow]) -> Iterator[BadRow]:

@@ -343,6 +343,12 @@ def make_optimizer(
     name = optimizer_name(config, device.type)
     if device.type == "cpu":
         name = unpaged(name)
+    if "schedule_free" in name:
+        raise ConfigError(
+            f"The optimizer {name} cannot be used: it must be told of each evaluation and save, "
+            "which happens to none here. Take another one, such as adamw_torch.",
+            param="optimizer",
+        )
     try:
         arguments = TrainingArguments(
             optim=name, learning_rate=config.learning_rate, use_cpu=device.type == "cpu"

@@ -230,7 +230,6 @@ def test_the_demo_model_keeps_what_its_recipe_skips(demo_checkpoint: Any) -> Non
         ("rmsprop", 4),
         ("adafactor", 0),
         ("sgd", 0),
-        ("schedule_free_sgd", 8),
         ("an_optimizer_of_tomorrow", 8),
     ],
 )

@@ -11,7 +11,6 @@ from qlorachat.training.wording import size
 
 # a name's part -> what is kept for each weight; of the first that fits
 _OPTIMIZER_STATES = {
-    "schedule_free": 2,
     "adafactor": 0,  # a row and a column for each matrix
     "ademamix": 3,
     "lion": 1,
