@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -230,6 +231,19 @@ def test_a_mistake_costs_no_earlier_run(run: Trains) -> None:
         with pytest.raises(ConfigError):
             run(overwrite=True, **mistake)
     assert sorted(result.output.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a home by HOME")
+def test_places_may_be_below_the_home(
+    run: Trains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("Who, me?", "utf-8")
+    result = run(output="~/run", chat_prompts="~/prompts.txt", max_steps=1)
+    assert result.output == tmp_path / "run"
+    assert {chat.prompt for chat in _history(result).chats} == {"Who, me?"}
+    with pytest.raises(ConfigError, match="The initial adapter is in"):
+        run(output="~/run", init_adapter="~/run", overwrite=True)
 
 
 def test_damaged_checkpoints(run: Trains) -> None:
@@ -469,6 +483,14 @@ def test_every_way_to_train(run: Trains, changes: dict[str, Any]) -> None:
         ({"template": "llama3"}, "llama3"),
         ({"memory": "much"}, "memory is a size"),
         ({"init_adapter": "nowhere"}, "nowhere"),
+        ({"output": "x" * 300}, r"The output 'x+' is no path \("),
+        ({"output": "a\0b"}, "The output .* is no path"),
+        ({"data": "x" * 300 + ".jsonl"}, "The data 'x+' is no path"),
+        ({"data": "~nosuchuser/rows.jsonl"}, "The data '~nosuchuser/rows.jsonl' is no path"),
+        ({"data": "a\0b"}, "The data .* is no path"),
+        ({"eval_data": "a\0b"}, "The data .* is no path"),
+        ({"chat_prompts": "a\0b"}, "The chat_prompts .* is no path"),
+        ({"init_adapter": "a\0b"}, "The init_adapter .* is no path"),
         ({"chat_prompts": "nowhere.txt"}, "nowhere.txt"),
     ],
     ids=lambda case: str(next(iter(case))) if isinstance(case, dict) else "",

@@ -1,7 +1,6 @@
 """Sample chats: fixed prompts and seed, the base beside the adapter as it stands."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -16,6 +15,7 @@ from qlorachat.training.config import TrainConfig
 from qlorachat.training.data.rows import Row
 from qlorachat.training.history import Chat
 from qlorachat.training.model import TrainedModel
+from qlorachat.training.places import local_path
 
 SHOWN_CHATS = 3  # questions, where none are given
 
@@ -133,7 +133,8 @@ def _asked(config: TrainConfig) -> list[tuple[Message, ...]]:
     """The dialogs of the file chat_prompts; ConfigError."""
     assert config.chat_prompts is not None
     try:
-        lines = Path(config.chat_prompts).read_text("utf-8-sig").splitlines()
+        path = local_path(config.chat_prompts, param="chat_prompts")
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The prompts of the sample chats cannot be read from {config.chat_prompts} ({error}): "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from qlorachat.config import BaseModelConfig, Tags
@@ -39,6 +39,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 class TrainConfig(BaseModelConfig):
     """How an adapter is trained; every field is a flag, an environment variable, a file key."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     data: str | None = Field(
         None, description="rows to learn: .json, .jsonl, .csv, .parquet, or a hub data set"
@@ -87,9 +89,7 @@ class TrainConfig(BaseModelConfig):
     neftune: float | None = Field(None, gt=0, description="noise on embeddings (NEFTune's alpha)")
 
     # The steps
-    epochs: float = Field(
-        3.0, gt=0, allow_inf_nan=False, description="how often each sample is seen"
-    )
+    epochs: float = Field(3.0, ge=1e-6, description="how often each sample is seen")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, in place of epochs")
     micro_batch: int = Field(4, ge=1, description="rows in one pass")
     accumulation: int = Field(2, ge=1, description="passes in one optimizer step")

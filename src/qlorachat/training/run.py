@@ -25,6 +25,7 @@ from qlorachat.training.memory.measure import Measurement, measure
 from qlorachat.training.memory.plan import MemoryPlan, optimizer_name, predict
 from qlorachat.training.memory.shape import ModelShape
 from qlorachat.training.model import TrainedModel, attach_adapter, load_base
+from qlorachat.training.places import local_path
 from qlorachat.training.preparation import Preparation, prepare
 from qlorachat.training.run_folder import RunFolder
 from qlorachat.training.saves import Saves
@@ -75,7 +76,7 @@ def train(
         raise ConfigError("Pass a TrainConfig or single options, not both.")
     asked = config or check(TrainConfig, options)
     screen = console or Console(stderr=True)
-    folder = RunFolder(Path(asked.output))
+    folder = RunFolder(local_path(asked.output, param="output"))
     marks: dict[str, str | None] = {}
     if resume:
         asked, marks = folder.resumed(asked)

@@ -17,6 +17,7 @@ from qlorachat.config import check
 from qlorachat.durable import sweep, sync, whole_folder
 from qlorachat.errors import ConfigError, QlorachatError
 from qlorachat.training.config import TrainConfig
+from qlorachat.training.places import local_path
 from qlorachat.training.saves import write_adapter
 
 _FILES = (WEIGHTS, CONFIG, CARD)  # the card last: its hashes are of the two before it
@@ -53,9 +54,8 @@ class RunFolder:
         """ConfigError when something is there already and may not be replaced."""
         if taken := next((p for p in (self.output, *self.output.parents) if p.is_file()), None):
             raise ConfigError(f"{taken} is a file: give --output a folder.", param="output")
-        if config.init_adapter and Path(config.init_adapter).resolve().is_relative_to(
-            self.output.resolve()
-        ):
+        init = config.init_adapter and local_path(config.init_adapter, param="init_adapter")
+        if init and init.resolve().is_relative_to(self.output.resolve()):
             raise ConfigError(
                 f"The initial adapter is in {self.output}, whose contents the run replaces: choose "
                 "another --output.",

@@ -303,6 +303,15 @@ def test_existing_folder_is_kept(plain: Path, tmp_path: Path) -> None:
     assert (target / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(("merged", "gguf"), [("a\0b", None), ("merged", "x" * 300)])
+def test_places_that_no_file_can_have(
+    plain: Path, tmp_path: Path, merged: str, gguf: str | None
+) -> None:
+    with pytest.raises(ConfigError, match=r"is no path \(") as caught:
+        export_merged(plain, tmp_path / merged, gguf=gguf)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_model_that_a_killed_export_set_aside_comes_back(plain: Path, tmp_path: Path) -> None:
     aside = tmp_path / "merged.tmp-abcdefgh" / "merged"
     aside.mkdir(parents=True)

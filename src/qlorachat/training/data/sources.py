@@ -24,6 +24,7 @@ from qlorachat.training.data.records import (
     check_columns,
     first_line,
 )
+from qlorachat.training.places import local_path
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def open_source(reference: str, *, offline: bool = False) -> Source:
     Raises ConfigError for a reference or a file that is wrong as a whole, HubError for a data set
     that cannot be brought; both also while the records are read.
     """
-    path = Path(reference).expanduser()
+    path = local_path(reference, param="data")
     reader = _reader_for(path)
     if path.is_dir():
         return _open_folder(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlorachat.durable import sweep, whole_folder
 from qlorachat.errors import ConfigError, QlorachatError
+from qlorachat.training.places import local_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,8 @@ class ExportTarget:
     @classmethod
     def of(cls, merged: str | Path, gguf: str | Path | None, *, overwrite: bool) -> "ExportTarget":
         """From what a user calls them."""
-        file = Path(gguf).expanduser().resolve() if gguf is not None else None
-        return cls(Path(merged).expanduser().resolve(), file, overwrite)
+        file = local_path(gguf, param="gguf").resolve() if gguf is not None else None
+        return cls(local_path(merged, param="merged").resolve(), file, overwrite)
 
     def check(self, *sources: Path) -> None:
         """ConfigError for a place that is taken, or that holds one of the `sources` to be read.
