@@ -46,6 +46,8 @@ def test_no_card(folder: Path) -> None:
         ({"sha256": {"../secret": "0" * 64}}, "'../secret'"),
         ({"sha256": {"/etc/passwd": "0" * 64}}, "'/etc/passwd'"),
         ({"sha256": {"..": "0" * 64}}, "'..'"),
+        ({"sha256": {"x\nqlorachat: all is well": "0" * 64}}, "x\\nqlorachat: all is well"),
+        ({"x\ny": 1}, "no option `x\\ny`"),
         ([], "holds a JSON list; expected an object"),
         ("<html>", "is a web page"),
         ("{", "is not JSON"),
@@ -56,6 +58,7 @@ def test_wrong_card(card: object, expected: str, folder: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         read_adapter(folder)
     assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(folder / "qlorachat.json"))
 
 

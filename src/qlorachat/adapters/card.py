@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from qlorachat.adapters.config import AdapterConfig, read_config
-from qlorachat.adapters.folder import CARD, CONFIG, WEIGHTS, find_file, read_object
+from qlorachat.adapters.folder import CARD, CONFIG, WEIGHTS, find_file, plain, read_object
 from qlorachat.config import explain
 from qlorachat.durable import file_sha256
 from qlorachat.errors import AdapterError
@@ -46,7 +46,7 @@ def read_card(folder: Path) -> AdapterCard | None:
     try:
         return AdapterCard.model_validate(read_object(path))
     except ValidationError as error:
-        raise AdapterError(f"{path}: {explain(error, AdapterCard)}") from None
+        raise AdapterError(f"{path}: {plain(explain(error, AdapterCard))}") from None
 
 
 def base_model_of(folder: Path) -> tuple[str | None, str | None]:

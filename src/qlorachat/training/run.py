@@ -200,7 +200,7 @@ def _run(
     """Train what is left of the run, before everybody's eyes."""
     done = len(trainer.history.steps)
     tensorboard = TensorBoard(folder.checkpoints / "tensorboard", done=done)
-    progress = Progress(screen, total_steps=len(schedule.steps), tokens=schedule.tokens)
+    progress = Progress(screen, total_steps=len(schedule.steps), tokens=schedule.tokens, done=done)
     with progress, closing(tensorboard), stop_on_interrupt(progress.note) as stop:
         trainer.run(stop, (progress, tensorboard, reporter))
 

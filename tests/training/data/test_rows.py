@@ -237,6 +237,18 @@ def test_parquet_without_the_columns(tmp_path: Path) -> None:
     assert "has 'text'; needed are" in complaint(tmp_path / "rows.parquet")
 
 
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("instruction,output,note,output,note\nHi,Ho,,Hey,\n")
+    assert "has two columns named output" in complaint(tmp_path / "rows.csv")
+    (tmp_path / "noted.csv").write_text("instruction,output,note,note\nHi,Ho,,\n")
+    assert len(read_rows(str(tmp_path / "noted.csv")).rows) == 1
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table([["Hi"], ["Ho"], ["Hey"]], names=["instruction", "output", "output"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert "has two columns named output" in complaint(tmp_path / "rows.parquet")
+
+
 @pytest.mark.parametrize("reference", ["data/missing.jsonl", "missing", "a/b/c", "data/x.json.gz"])
 def test_a_reference_that_is_neither_file_nor_data_set(reference: str) -> None:
     with pytest.raises(ConfigError, match=r"There is no file .*owner/name"):

@@ -200,6 +200,15 @@ def test_a_terminal_has_one_live_picture(clock: Clock, terminal: Console) -> Non
     assert file.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
 
 
+def test_a_resumed_run_goes_on_where_it_was(clock: Clock, terminal: Console) -> None:
+    tokens = [100, 100, 200]
+    with Progress(terminal, total_steps=3, tokens=tokens, done=2, clock=clock) as progress:
+        with terminal.capture() as captured:
+            terminal.print(progress._picture())
+        train(progress, clock, 20, 3)
+    assert "2/3" in captured.get()
+
+
 def test_stderr_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(total_steps=1, tokens=[100]) as progress:
         progress.update(step(1))

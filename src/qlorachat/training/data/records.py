@@ -96,9 +96,12 @@ READERS: Mapping[str, Reader] = MappingProxyType(
 
 
 def check_columns(columns: list[str], name: str) -> None:
-    """ConfigError unless the columns of a table suffice for one of the formats."""
+    """ConfigError unless the columns of a table suffice for one format, each there once."""
     if not knows(columns):
         raise ConfigError(f"{name} has {listed(columns)}; needed are {NEEDED}.")
+    read = select(columns)
+    if twice := next((column for column in read if read.count(column) > 1), None):
+        raise ConfigError(f"{name} has two columns named {twice}: rename the one not to be read.")
 
 
 def first_line(error: Exception) -> str:

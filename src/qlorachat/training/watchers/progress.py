@@ -90,18 +90,22 @@ class Progress:
         *,
         total_steps: int,
         tokens: Sequence[int],
+        done: int = 0,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """`tokens` has every step's; `console` is stderr by default, `clock` counts seconds."""
+        """`tokens` has every step's, of which `done` came in earlier parts of the run.
+
+        `console` is stderr by default, `clock` counts seconds.
+        """
         assert len(tokens) == total_steps, "a step without its tokens"
         self._console = console or Console(stderr=True)
         self._trained = (0, *accumulate(tokens))  # tokens, after each step
         self._clock = clock
         self._pace = Pace(clock)
         self._loss = SmoothLoss()
-        self._step = 0
+        self._step = done
         self._memory = 0
-        self._said = (0, -inf)  # the last plain line's step and time
+        self._said = (done, -inf)  # the last plain line's step and time
         self._live = (
             Live(get_renderable=self._picture, console=self._console, refresh_per_second=4)
             if self._console.is_terminal and not self._console.is_dumb_terminal
