@@ -278,8 +278,14 @@ def test_mistakes_are_found_before_anything_is_written(
     tiny: Path, plain: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "merged"
-    with pytest.raises(UnknownName, match="template"):
-        run(plain, target, check=True, template="chatlm")
+    for check in (True, False):
+        with pytest.raises(UnknownName, match="template"):
+            run(plain, target, check=check, template="chatlm")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file is a file: choose another --gguf"):
+        run(plain, target, gguf=str(tmp_path / "file" / "model.gguf"))
+    with pytest.raises(ConfigError, match=r"file is a file: choose another --merged"):
+        run(plain, tmp_path / "file" / "below")
     with pytest.raises(ConfigError, match=r"none\.jsonl"):
         run(plain, target, check=True, data=str(tmp_path / "none.jsonl"))
     nameless = Path(shutil.copytree(plain, tmp_path / "nameless"))
@@ -301,6 +307,10 @@ def test_existing_folder_is_kept(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="something else than a model"):
         run(plain, target, overwrite=True)
     assert (target / "thesis.txt").read_text() == "years of work"
+    for other in ('{"theme": "dark"}', "[]", "{"):
+        (target / "config.json").write_text(other)
+        with pytest.raises(ConfigError, match="something else than a model"):
+            run(plain, target, overwrite=True)
 
 
 @pytest.mark.parametrize(("merged", "gguf"), [("a\0b", None), ("merged", "x" * 300)])

@@ -24,7 +24,7 @@ from qlorachat.config import QuantizationChoice
 from qlorachat.errors import ConfigError
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.templates import TemplateChoice
-from qlorachat.templates.choice import CHECKPOINT
+from qlorachat.templates.choice import CHECKPOINT, check_template_name
 from qlorachat.training.export.check import Check, Questions, Standard, read_questions
 from qlorachat.training.export.gguf import check_gguf, write_gguf
 from qlorachat.training.export.merge import attach, write_model
@@ -91,6 +91,7 @@ def export_merged(
     >>> export_merged("qlora-model", "merged", gguf="merged.gguf")  # doctest: +SKIP
     """
     host = plugins or create_manager()
+    check_template_name(template, host.templates())
     target = ExportTarget.of(merged, gguf, overwrite=overwrite)
     folder = host.locate_adapter(str(adapter), offline=offline)
     source = _Source.read(folder, model=model, revision=revision, offline=offline)

@@ -1,5 +1,6 @@
 """Where an export is written to: never over something else, and whole or not at all."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class ExportTarget:
             self._check_gguf(self.gguf)
 
     def _check_merged(self) -> None:
+        _check_above(self.merged, "merged")
         if not self.merged.exists():
             return
         if not self.merged.is_dir():
@@ -51,7 +53,7 @@ class ExportTarget:
                 "--overwrite.",
                 param="merged",
             )
-        if any(self.merged.iterdir()) and not (self.merged / "config.json").exists():
+        if any(self.merged.iterdir()) and not _is_model(self.merged):
             raise ConfigError(
                 f"{self.merged} holds something else than a model, which --overwrite does not "
                 "replace: choose another --merged.",
@@ -59,6 +61,7 @@ class ExportTarget:
             )
 
     def _check_gguf(self, gguf: Path) -> None:
+        _check_above(gguf, "gguf")
         if gguf.is_dir() or gguf == self.merged:
             raise ConfigError(f"{gguf} is a folder: give --gguf a file.", param="gguf")
         if gguf.exists() and not self.overwrite:
@@ -80,7 +83,22 @@ class ExportTarget:
         """The path of the GGUF file, to be written whole; QlorachatError."""
         assert self.gguf is not None
         with _disk(self.gguf):
+            self.gguf.parent.mkdir(parents=True, exist_ok=True)
             yield self.gguf
+
+
+def _check_above(place: Path, param: str) -> None:
+    if file := next((above for above in place.parents if above.is_file()), None):
+        raise ConfigError(f"{file} is a file: choose another --{param}.", param=param)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether its config.json is a model's: programs of other kinds have one too."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 @contextmanager
