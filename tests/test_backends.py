@@ -208,9 +208,13 @@ def test_an_adapter_that_is_unloaded_and_loaded_again_is_there(
         running = engine.stream("Count.", adapter="zunda", max_tokens=400, temperature=0.0)
         next(running)
         adapter = engine.adapters["zunda"].adapter
-        leaves = pool.submit(engine._backend.unload_adapter, adapter.sha256)
-        sleep(0.1)
-        engine._backend.load_adapter(adapter)
+        served = engine._backend
+        assert isinstance(served, PagedBackend | TransformersBackend)
+        wanted = served._loaded if isinstance(served, PagedBackend) else served._wanted
+        leaves = pool.submit(served.unload_adapter, adapter.sha256)
+        while adapter.sha256 in wanted:
+            sleep(0.01)
+        served.load_adapter(adapter)
         running.close()
         leaves.result(20)
         assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE

@@ -132,7 +132,7 @@ def test_a_dropped_stream_stops_the_model() -> None:
 
 
 def test_a_dropped_comparison_stops_the_model() -> None:
-    backend = FakeBackend(lambda request, prompt: "a" * 10_000, delay=0.001)
+    backend = FakeBackend(lambda request, prompt: "a" * 10_000, delay=0.01)
     with fake_engine(backend) as engine:
         next(engine.compare("go", adapters=[None], max_tokens=4000))
         _until(lambda: backend.running == 0)
@@ -173,6 +173,20 @@ def test_an_async_stream_that_two_tasks_open_asks_once() -> None:
             await asyncio.gather(stream.open(), stream.open())
             assert backend.running == 1
             await stream.aclose()
+            _until(lambda: backend.running == 0)
+
+    asyncio.run(main())
+
+
+def test_a_dropped_async_stream_stops_the_model() -> None:
+    backend = FakeBackend(lambda request, prompt: "a" * 10_000, delay=0.01)
+
+    async def main() -> None:
+        with fake_engine(backend) as engine:
+            stream = engine.astream("go", max_tokens=4000)
+            await anext(stream)
+            assert backend.running == 1
+            del stream
             _until(lambda: backend.running == 0)
 
     asyncio.run(main())

@@ -64,7 +64,8 @@ class CompareStream(Iterator[tuple[str | None, Delta]]):
         self._generations: dict[str | None, Generation] = {}
         try:
             for name, start in starts.items():
-                self._generations[name] = start(partial(self._put, name))
+                # not of self: a backend that holds it would keep a dropped stream going
+                self._generations[name] = start(partial(_put, self._events, name))
         except BaseException:
             self.close()
             raise
@@ -102,9 +103,6 @@ class CompareStream(Iterator[tuple[str | None, Delta]]):
         if hasattr(self, "_generations"):
             self.close()
 
-    def _put(self, name: str | None, event: TokenEvent) -> None:
-        self._events.put((name, event))
-
 
 class AsyncChatStream(AsyncIterator[Delta]):
     """As ChatStream, for async callers; the work before the first token is done off the loop."""
@@ -119,10 +117,10 @@ class AsyncChatStream(AsyncIterator[Delta]):
         """Check and submit the request: what is wrong with it is raised here, before any delta."""
         if self._generation is not None:
             return
-        loop = asyncio.get_running_loop()
+        loop, put = asyncio.get_running_loop(), self._events.put_nowait
 
-        def sink(event: TokenEvent) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+        def sink(event: TokenEvent) -> None:  # without self, as above
+            loop.call_soon_threadsafe(put, event)
 
         if self._starting is None:  # else another task has begun it
             self._starting = asyncio.ensure_future(asyncio.to_thread(self._start, sink))
@@ -166,6 +164,12 @@ class AsyncChatStream(AsyncIterator[Delta]):
     def __del__(self) -> None:
         if self._generation is not None:
             self._generation.close()
+
+
+def _put(
+    events: SimpleQueue[tuple[str | None, TokenEvent]], name: str | None, event: TokenEvent
+) -> None:
+    events.put((name, event))
 
 
 def _close_started(starting: "asyncio.Future[Generation]") -> None:
