@@ -30,12 +30,13 @@ from qlorachat_cli.plugin import CliFrontend, CliOptions
 
 def answer(request, prompt):
     if "長い" in prompt.rsplit("user\\n", 1)[-1]:
-        return "".join(f"{n}番目の**文**です。" for n in range(200))
+        return "".join(f"{n}番目の**文**です。" for n in range(2000))  # for minutes
     return "はい、`クマ`です。\\n\\n- 一つ\\n- 二つ\\n\\nEND"
 
 options, frontend = CliOptions(folder=Path(sys.argv[1])), CliFrontend()
 frontend.prepare(options)
-with fake_engine(FakeBackend(answer, delay=0.003)) as engine:
+backend = FakeBackend(answer, delay=0.003, context_length=2**16)
+with fake_engine(backend, max_tokens=40_000) as engine:
     frontend.serve(engine, options, threading.Event())
 print("the process went on")
 """
@@ -104,7 +105,7 @@ def test_a_person_asks_stops_saves_and_leaves(tmp_path: Path) -> None:
         someone.sees("3番目の文です")
         someone.types("\x03")
         someone.sees("tokens/s · aborted")
-        assert "199番目" not in someone.screen
+        assert "1999番目" not in someone.screen
         someone.types("/save 会話\r")
         someone.sees("Saved as 会話.")
         someone.types("/exit\r")
@@ -112,7 +113,7 @@ def test_a_person_asks_stops_saves_and_leaves(tmp_path: Path) -> None:
         assert someone.process.wait(SECONDS) == 0
     saved = (tmp_path / "chats" / "会話.json").read_text(encoding="utf-8")
     assert "3番目の**文**です" in saved
-    assert "199番目" not in saved
+    assert "1999番目" not in saved
     assert "クマですか？" in (tmp_path / "history").read_text(encoding="utf-8")
 
 
