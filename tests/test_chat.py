@@ -29,6 +29,7 @@ from qlorachat.errors import (
     UsageError,
 )
 from qlorachat.plugins import create_manager
+from qlorachat.streams import AsyncChatStream
 from qlorachat.templates import Prompt
 from qlorachat.testing import FakeBackend, fake_engine
 from qlorachat.tokens import TokenEvent, TokenRequest
@@ -221,6 +222,31 @@ def test_a_cancelled_async_caller_frees_the_backend() -> None:
             _until(lambda: backend.running == 0)
 
     asyncio.run(main())
+
+
+def test_an_async_caller_that_is_behind_leaves_others_their_turn() -> None:
+    backend = FakeBackend(lambda request, prompt: "a" * 1000)
+    seen = 0
+
+    async def read(stream: AsyncChatStream) -> None:
+        nonlocal seen
+        async for _ in stream:
+            seen += 1
+
+    async def main() -> None:
+        with fake_engine(backend) as engine:
+            stream = engine.astream("go", max_tokens=2000)
+            await stream.open()
+            _until(lambda: backend.running == 0)
+            reading = asyncio.create_task(read(stream))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+
+    asyncio.run(main())
+    assert 0 < seen < 20
 
 
 def test_many_threads_get_their_own_answers() -> None:

@@ -134,6 +134,8 @@ class AsyncChatStream(AsyncIterator[Delta]):
         await self.open()
         assert self._generation is not None
         while not self._generation.done:
+            if not self._events.empty():
+                await asyncio.sleep(0)  # who is behind would keep the loop, and not be cancelled
             if delta := self._generation.feed(await self._events.get()):
                 return delta
         raise StopAsyncIteration
