@@ -23,7 +23,7 @@ import termios
 
 SECONDS = 30.0
 SCRIPT = """
-import sys, threading
+import signal, sys, threading
 from pathlib import Path
 from qlorachat.testing import FakeBackend, fake_engine
 from qlorachat_cli.plugin import CliFrontend, CliOptions
@@ -33,6 +33,7 @@ def answer(request, prompt):
         return "".join(f"{n}番目の**文**です。" for n in range(2000))  # for minutes
     return "はい、`クマ`です。\\n\\n- 一つ\\n- 二つ\\n\\nEND"
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 options, frontend = CliOptions(folder=Path(sys.argv[1])), CliFrontend()
 frontend.prepare(options)
 backend = FakeBackend(answer, delay=0.003, context_length=2**16)
