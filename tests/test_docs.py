@@ -137,6 +137,16 @@ def test_perplexities_were_measured(name: str, said: str) -> None:
     assert row.replace("-", "−") in text
 
 
+def test_speeds_on_a_cpu_were_measured() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    said = {"nf4": "NF4", "auto": "demo recipe (16 of 30 layers in NF4)", "16bit": "16 bit"}
+    for row in results("decode_cpu")["rows"]:
+        theirs, ours, alone, eight = (row[key] for key in row if key.endswith(", tokens/s"))
+        eight = f"{eight:.0f}" if eight >= 100 else f"{eight}"
+        name = said[row["quantization"].split(":")[0]]
+        assert f"| {name} | {theirs} | {ours} | **{alone}** | **{eight}** |\n" in text
+
+
 def test_times_of_products_were_measured() -> None:
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     columns = ("bitsandbytes", "mma", "mma with B", "wgmma", "wgmma with B")

@@ -24,7 +24,6 @@ from qlorachat.errors import (
     ConfigError,
     DialogError,
     UnknownName,
-    UsageError,
 )
 from qlorachat.generation import NOTHING_DROPPED, Dropped, Generation
 from qlorachat.loaded_adapter import LoadedAdapter, check_adapter_name, differences
@@ -118,7 +117,7 @@ class ChatEngine:
 
         Iterate for (adapter, delta); `replies` has the whole answers by adapter.
         """
-        dialog = messages if isinstance(messages, Prompt) else parse_messages(messages)
+        dialog = _parse(messages)
         starts = {
             name: partial(self._start, dialog, ChatOptions(**{**options, "adapter": name}))
             for name in adapters
@@ -215,7 +214,7 @@ class ChatEngine:
     def _start(self, messages: Dialog, options: ChatOptions, sink: Sink) -> Generation:
         check_options(options)
         wanted = request_sampling(self.info.sampling, options)
-        dialog = messages if isinstance(messages, Prompt) else parse_messages(messages)
+        dialog = _parse(messages)
         generation = None
         while generation is None:  # where an adapter is replaced meanwhile, its successor answers
             loaded = self._adapter(options.get("adapter"))
@@ -273,11 +272,7 @@ class ChatEngine:
                 f"The prompt has the token id {wrong[0]}; the model's are 0 to {size - 1}.",
                 param="prompt",
             )
-        if wrong := [token for token in sampling.logit_bias if token >= size]:
-            raise UsageError(
-                f"logit_bias has the token id {wrong[0]}; the model's are 0 to {size - 1}.",
-                param="logit_bias",
-            )
+        sampling.check_vocabulary(size)
 
     def _prompt(
         self,
@@ -364,6 +359,10 @@ class ChatEngine:
         are gone, and requests for other adapters never."""
         with self._lock:
             return self._content_locks.setdefault(adapter.sha256, threading.Lock())
+
+
+def _parse(messages: Dialog) -> Prompt | tuple[Message, ...]:
+    return messages if isinstance(messages, Prompt) else parse_messages(messages)
 
 
 def _resolve(config: EngineConfig, plugins: PluginHost) -> EngineConfig:

@@ -132,6 +132,7 @@ class TransformersBackend:
         torch.cuda.empty_cache()
 
     def _enqueue(self, command: _Command, put: Callable[[_Command], None]) -> None:
+        """By who holds `_wake`."""
         self._refuse_if_dead()
         put(command)
         self._wake.notify()

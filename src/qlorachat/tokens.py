@@ -83,6 +83,14 @@ class SamplingParams:
                     param="logit_bias",
                 )
 
+    def check_vocabulary(self, size: int) -> None:
+        """UsageError for a bias of a token that a model with `size` of them does not have."""
+        if wrong := [token for token in self.logit_bias if token >= size]:
+            raise UsageError(
+                f"logit_bias has the token id {wrong[0]}; the model's are 0 to {size - 1}.",
+                param="logit_bias",
+            )
+
 
 def _is_token(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

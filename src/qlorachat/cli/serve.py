@@ -14,14 +14,13 @@ from pydantic import Field
 from qlorachat.cli.settings import (
     PREFIX,
     EngineSettings,
-    Listed,
     Parser,
     file_values,
-    listed,
     parse,
     plugin_host,
 )
 from qlorachat.errors import ConfigError, EngineError, QlorachatError
+from qlorachat.listed import Listed, listed
 from qlorachat.protocols import Frontend
 
 log = logging.getLogger(__name__)

@@ -10,15 +10,14 @@ import tomllib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     CliSuppress,
     InitSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -26,6 +25,7 @@ from pydantic_settings import (
 
 from qlorachat.config import EngineConfig, explain
 from qlorachat.errors import ConfigError, DialogError, suggest
+from qlorachat.listed import Listed
 from qlorachat.plugins import PluginHost, create_manager
 from qlorachat.protocols import Frontend
 
@@ -55,14 +55,6 @@ class CommandSettings(BaseSettings):
 
 
 S = TypeVar("S", bound=CommandSettings)
-
-
-def listed(value: object) -> object:
-    """Flags and the environment give one string, with a comma between items; files give a list."""
-    return [item for item in value.split(",") if item] if isinstance(value, str) else value
-
-
-Listed = Annotated[list[str], NoDecode, BeforeValidator(listed)]
 
 
 class EngineSettings(EngineConfig, CommandSettings):  # type: ignore[misc]  # their model_config

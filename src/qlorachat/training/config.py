@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, field_validator, model_validator
-from pydantic_settings import NoDecode
 
 from qlorachat.config import BaseModelConfig, Tags
+from qlorachat.listed import Listed
 
 RecipeName = Literal["default", "zundamon"]
 
@@ -81,7 +81,7 @@ class TrainConfig(BaseModelConfig):
     rank: int = Field(16, ge=1, le=1024, description="of the adapter's matrices")
     alpha: float = Field(32, gt=0, description="the adapter's scale is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
-    targets: Annotated[list[str] | None, NoDecode] = Field(
+    targets: Listed | None = Field(
         None, description="names of linear layers, such as q_proj; default: all"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
@@ -135,12 +135,6 @@ class TrainConfig(BaseModelConfig):
         config = handler({**recipe, **values})
         config.__pydantic_fields_set__.intersection_update(values)
         return config
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _split_names(cls, targets: object) -> object:
-        """The environment gives one string, with a comma between names."""
-        return targets.split(",") if isinstance(targets, str) else targets
 
     @field_validator("separator")
     @classmethod

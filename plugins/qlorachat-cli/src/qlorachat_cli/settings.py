@@ -27,7 +27,7 @@ def change(settings: Mapping[str, Any], assignments: str, vocab_size: int) -> di
         else:
             changed[name] = checked(name, _value(text))
             if name == "logit_bias":
-                _check_ids(changed[name], vocab_size)
+                SamplingParams(logit_bias=changed[name]).check_vocabulary(vocab_size)
     return changed
 
 
@@ -81,13 +81,6 @@ def _logit_bias(value: Any) -> dict[int, float]:
         ) from None
     SamplingParams(logit_bias=biases)
     return biases
-
-
-def _check_ids(biases: Mapping[int, float], vocab_size: int) -> None:
-    if biases and max(biases) >= vocab_size:
-        raise UsageError(
-            f"logit_bias has the token id {max(biases)}; the model's are 0 to {vocab_size - 1}."
-        )
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {

@@ -4,22 +4,17 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
-from pydantic_settings import NoDecode
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from qlorachat import hookimpl
 from qlorachat.errors import ConfigError
+from qlorachat.listed import Listed
 from qlorachat.listening import listen
 
 if TYPE_CHECKING:
     from qlorachat import ChatEngine, Frontend
-
-
-def _listed(value: object) -> object:
-    """Flags and the environment give one string, with a comma between items; files give a list."""
-    return [item for item in value.split(",") if item] if isinstance(value, str) else value
 
 
 class HttpOptions(BaseModel):
@@ -39,7 +34,7 @@ class HttpOptions(BaseModel):
     default_adapter: str | None = Field(
         None, description="adapter behind the base's name; the base is then `__base__`"
     )
-    cors_origins: Annotated[list[str], NoDecode, BeforeValidator(_listed)] = Field(
+    cors_origins: Listed = Field(
         default_factory=list,
         description="web pages' origins that may call, such as http://localhost:3000",
     )
