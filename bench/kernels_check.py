@@ -22,7 +22,7 @@ import torch
 
 from qlorachat.kernels import activation, attention, lora, lora_segments, norm, rotary
 from qlorachat.kernels.device import runs_triton, triton
-from qlorachat.kernels.eight_bits import INT8, TAIL, narrow
+from qlorachat.kernels.eight_bits import INT8, SCALE_BYTES, narrow
 
 cuda: Any = torch.cuda
 SECONDS = 50  # after which nothing more is begun
@@ -131,7 +131,7 @@ def check_attention(
     tables = lay_tables(lengths, sets)
     cache = random(2, int(tables.max()) + 1, BLOCK, kv_heads, dim)
     if in_8_bits:
-        cache, moved = narrow(cache, INT8), moved * (dim + TAIL) // (2 * dim)
+        cache, moved = narrow(cache, INT8), moved * (dim + SCALE_BYTES) // (2 * dim)
     q = random(len(lengths), heads, dim)
     out = torch.full_like(q, float("nan"))
     contexts = torch.tensor(lengths, device="cuda", dtype=torch.int32)

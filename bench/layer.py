@@ -1,12 +1,12 @@
 """What a layer of a decode step takes on one CUDA card, without scheduling and sampling.
 
-    python bench/layer.py [--rows 1 8 32 64] [--ranks 16 64] [--context 256]
+    python bench/layer.py [--rows 1 8 32 64] [--ranks 16 64] [--context 256] [--kv-cache int8]
 
 A quick look before and after a change to a kernel: eight layers of the Llama-2-7B shape with
 random NF4 weights, without adapter, with one of each rank, with one of rank 16 where there is room
 for 64, and with eight of rank 16. All are timed in turn, several times over, for a card drifts by a
 percent within a minute; medians are shown. Writes bench/results/layer.json, named further for
-another size.
+another size and with keys and values in 8 bits.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from decode import RESULTS, copy_bandwidth, machine
+from qlorachat.kernels.eight_bits import INT8, narrow
 from qlorachat.model import DecodeRows, KVCache, PagedLlama, Rows
 from qlorachat.model.fused_decode import FusedDecode
 from qlorachat.model.lora import AdapterStacks, LoraRows
@@ -33,23 +34,25 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--kv-cache", choices=["auto", "int8"], default="auto")
     arguments = parser.parse_args()
-    trial = Trial(arguments.size, arguments.context)
+    trial = Trial(arguments.size, arguments.context, arguments.kv_cache)
     taken: dict[str, dict[str, float]] = {}
     for rows in arguments.rows:
         taken[f"{rows} rows"] = own = trial.run(rows, arguments.ranks)
         print(f"{rows} rows:", ", ".join(f"{name} {value}" for name, value in own.items()))
     record = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
-    record |= {name: getattr(arguments, name) for name in ("size", "ranks", "context")}
+    record |= {name: getattr(arguments, name) for name in ("size", "ranks", "context", "kv_cache")}
     record["microseconds a layer"] = taken
     file = "layer" if arguments.size == "7b" else f"layer_{arguments.size}"
+    file += "" if arguments.kv_cache == "auto" else f"_{arguments.kv_cache}"
     (RESULTS / f"{file}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 class Trial:
     """A model of a few layers, and graphs of its fused steps; all rows have one context."""
 
-    def __init__(self, size: str, context: int) -> None:
+    def __init__(self, size: str, context: int, kv_cache: str) -> None:
         SHAPES["layers"] = {**SHAPES[size], "num_hidden_layers": LAYERS}
         HEAD_DIM["layers"] = HEAD_DIM[size]
         model = build("layers", "cuda")
@@ -65,11 +68,13 @@ class Trial:
             block_size=BLOCK,
             kv_heads=model.config.num_key_value_heads,
             head_dim=self.paged.head_dim,
-            dtype=model.dtype,
+            dtype=INT8 if kv_cache == "int8" else model.dtype,
             device=model.device,
         )
-        self.cache.keys.normal_()
-        self.cache.values.normal_()
+        for cached in (*self.cache.keys, *self.cache.values):  # of one layer
+            shape = (*cached.shape[:-1], self.paged.head_dim)
+            values = torch.randn(shape, dtype=model.dtype, device=model.device)
+            cached.copy_(narrow(values, cached.dtype))
 
     @property
     def fused(self) -> FusedDecode:

@@ -8,7 +8,15 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qlorachat.kernels import rope_and_cache
-from qlorachat.kernels.eight_bits import INT8, head_dim_of, narrow, widen
+from qlorachat.kernels.eight_bits import (
+    INT8,
+    codes_of,
+    encoded,
+    head_dim_of,
+    narrow,
+    scales_of,
+    widen,
+)
 from qlorachat.kernels.rotary import _find_real, _repeat_real, _write
 from tests.kernels.cases import make_rope
 
@@ -55,23 +63,35 @@ def test_a_cache_in_8_bits_gets_codes_of_the_same_rows() -> None:
     for before, cache, other in zip(
         (case.key_cache, case.value_cache), ours[-2:], theirs[-2:], strict=True
     ):
-        own, expected = cache.flatten(0, 1), before.clone().flatten(0, 1)
-        expected[written] = narrow(other.flatten(0, 1)[written], INT8)
-        assert torch.equal(own, expected)
+        rows = encoded(other.flatten(0, 1)[written])
+        for part, row in zip((codes_of, scales_of), rows, strict=True):
+            expected = part(before).flatten(0, 1)
+            expected[written] = row
+            assert torch.equal(part(cache).flatten(0, 1), expected)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
 def test_8_bits_are_off_by_half_a_code_at_most(size: float) -> None:
-    values = size * torch.randn(50, 4, 64)
-    values[0, :, 1:] = 0  # one number that is the largest
-    rows = narrow(values, INT8)
-    assert rows.shape == (50, 4, 72)
-    assert head_dim_of(rows) == 64
-    read = widen(rows, torch.float32)
+    values = size * torch.randn(50, 4, 3, 64)
+    values[0, ..., 1:] = 0  # one number that is the largest
+    blocks = narrow(values, INT8)
+    assert blocks.shape == (50, 4, 3, 68)
+    assert head_dim_of(blocks) == 64
+    read = widen(blocks, torch.float32)
     half = values.abs().amax(-1, keepdim=True) / 127 / 2
     assert bool(((read - values).abs() <= half * 1.001).all())
     torch.testing.assert_close(read[0], values[0], rtol=1e-6, atol=0)
     assert torch.equal(widen(narrow(values, torch.float32), torch.float32), values)
+
+
+def test_a_block_in_8_bits_has_its_codes_and_then_its_scales() -> None:
+    values = torch.randn(5, 4, 3, 64)
+    for block, own in zip(values, narrow(values, INT8), strict=True):
+        codes, scales = own.flatten().split([4 * 3 * 64, 4 * 3 * 4])
+        scales = scales.clone().view(torch.float32).view(3, 4, 1)  # by head
+        torch.testing.assert_close(scales.flatten(1).T, block.abs().amax(-1) / 127)
+        numbers = codes.view(4, 3, 64) * scales.transpose(0, 1)
+        assert (numbers - block).abs().max() <= block.abs().max() / 127 / 2 * 1.001
 
 
 def test_nothing_else_in_the_cache_changes() -> None:
@@ -94,9 +114,12 @@ def test_rows_that_are_all_padding_write_nothing() -> None:
 
 
 @pytest.mark.parametrize("slots", [[3, 0, 5], [-1, 4, -1, 0], [-1], [-1, -1, -1], [2]])
-def test_a_card_is_not_waited_for_and_gets_the_same_writes(slots: list[int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, INT8])
+def test_a_card_is_not_waited_for_and_gets_the_same_writes(
+    slots: list[int], dtype: torch.dtype
+) -> None:
     at, rows = torch.tensor(slots, dtype=torch.int32), torch.randn(len(slots), 2, 8)
-    expected = torch.randn(3, 2, 2, 8)
+    expected = narrow(torch.randn(3, 2, 2, 8), dtype)
     written = expected.clone()
     _write(expected, rows, _find_real(at))
     _write(written, rows, _repeat_real(at))

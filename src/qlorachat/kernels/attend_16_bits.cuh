@@ -5,7 +5,7 @@
 #include "attend.cuh"
 
 typedef u16 Cached;
-constexpr int ROW = HEAD_DIM;         // elements of a position's key or value
+constexpr int ROW = HEAD_DIM;         // elements of a position's key or value in a block
 constexpr int LANES = HEAD_DIM / 8;   // 8 elements each
 constexpr int TOGETHER = 32 / LANES;  // positions of one load of a warp
 constexpr int STEP = 8;               // positions of a warp at a time
@@ -15,22 +15,21 @@ static_assert(LANES * TOGETHER == 32 && LOADS * TOGETHER == STEP, "HEAD_DIM of 6
 
 // The key and the value of the new position.
 struct Fresh {
-  __align__(16) Cached of[2][ROW];
-  // kept: where the cache has it, null: nowhere
-  __device__ __forceinline__ void put(int which, int inner, float value, Cached* kept) {
+  __align__(16) Cached of[2][HEAD_DIM];
+  // cache: that keeps it, null: none
+  __device__ __forceinline__ void put(int which, int inner, float value, Cached* cache, const Place& place) {
     const u16 half = static_cast<u16>(__float_as_uint(value) >> 16);
     of[which][inner] = half;
-    if (kept) kept[inner] = half;
+    if (cache) cache[place.element() + inner] = half;
   }
 };
 
-// A step's positions into a stage of the ring, zeros from `count` on; from: that of the first key and value, `stride`
-// elements apart.
-__device__ __forceinline__ void fetch_step(const Cached* keys, const Cached* values, int stride, int count, u32 stage, int lane) {
+// A step's positions into a stage of the ring, zeros from `count` on; place: of the first.
+__device__ __forceinline__ void fetch_step(const Cached* keys, const Cached* values, const Place& place, int count, u32 stage, int lane) {
 #pragma unroll
   for (int i = 0; i < LOADS; i++) {
     const int offset = i * TOGETHER + lane / LANES;
-    const u64 from = static_cast<u64>(offset) * stride + lane % LANES * 8;
+    const u64 from = place.element() + offset * place.stride() + lane % LANES * 8;
     const u32 to = stage + lane * 16 + i * LOAD_BYTES;
     copy<16>(to, keys + from, offset < count);
     copy<16>(to + LOADS * LOAD_BYTES, values + from, offset < count);

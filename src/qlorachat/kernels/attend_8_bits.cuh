@@ -9,16 +9,15 @@
 #include "attend.cuh"
 
 typedef u8 Cached;
-constexpr int ROW = HEAD_DIM + 8;               // of a position: its codes, their scale, and nothing
+constexpr int ROW = HEAD_DIM + 4;               // bytes of a position's key or value in a block, its scale with it
 constexpr int STEP = 16;                        // positions of a warp at a time
 constexpr int TILES = (GROUP + 3) / 4;          // of heads
 constexpr int CHUNKS = HEAD_DIM / 16;           // of 16 elements
-constexpr int PIECES = HEAD_DIM / 8;            // of a row, that a lane copies
-constexpr int TOGETHER = 32 / PIECES;           // positions of one load of a warp
+constexpr int TOGETHER = 32 / CHUNKS;           // positions of one load of a warp
 constexpr int LOADS = STEP / TOGETHER;
 constexpr int VALUES = STEP * HEAD_DIM, SCALES = 2 * VALUES;  // where they begin in a stage, after the keys' codes
 constexpr int STAGE_BYTES = SCALES + 2 * STEP * 4;
-static_assert(PIECES * TOGETHER == 32, "HEAD_DIM of 64, 128 or 256");
+static_assert(CHUNKS * TOGETHER == 32, "HEAD_DIM of 64, 128 or 256");
 
 // A stage has codes as lines of 128 bytes, of two positions if a row is but 64. Chunks of a line are swapped, so that
 // neither a chunk of 8 positions in a row nor four chunks of every second one share a bank.
@@ -61,14 +60,20 @@ __device__ __forceinline__ void multiply_halves(float (&d)[4], const u32 (&a)[4]
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Where a block has it, behind all codes: those of a head follow each other.
+__device__ __forceinline__ u64 scale_of(const Place& place) {
+  return place.block + (place.stride() << place.shift) + ((place.head << place.shift) + place.offset) * 4;
+}
+
 // The key and the value of the new position.
 struct Fresh {
-  __align__(8) Cached of[2][ROW];
+  __align__(16) Cached codes[2][HEAD_DIM];
+  float scales[2];
   float values[2][HEAD_DIM];  // before they are codes
 
-  __device__ __forceinline__ void put(int which, int inner, float value, Cached*) { values[which][inner] = value; }
-  // The key or the value, by a warp. kept: where the cache has it, null: nowhere
-  __device__ __forceinline__ void encode(int which, Cached* kept, int lane) {
+  __device__ __forceinline__ void put(int which, int inner, float value, Cached*, const Place&) { values[which][inner] = value; }
+  // The key or the value, by a warp. cache: that keeps it, null: none
+  __device__ __forceinline__ void encode(int which, Cached* cache, const Place& place, int lane) {
     constexpr int OWN = HEAD_DIM / 32;  // elements of a lane
     float own[OWN], largest = 0.f;
 #pragma unroll
@@ -82,31 +87,28 @@ struct Fresh {
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
       const u8 code = static_cast<u8>(static_cast<int>(floorf(own[i] * inverse + 0.5f)));
-      of[which][lane + 32 * i] = code;
-      if (kept) kept[lane + 32 * i] = code;
+      codes[which][lane + 32 * i] = code;
+      if (cache) cache[place.element() + lane + 32 * i] = code;
     }
     if (lane) return;
-    *reinterpret_cast<float*>(of[which] + HEAD_DIM) = scale;
-    if (kept) *reinterpret_cast<float*>(kept + HEAD_DIM) = scale;
+    scales[which] = scale;
+    if (cache) *reinterpret_cast<float*>(cache + scale_of(place)) = scale;
   }
 };
 
-// A step's positions into a stage of the ring, zeros from `count` on; keys, values: of the first one, the next ones
-// `stride` elements apart.
-__device__ __forceinline__ void fetch_step(const Cached* keys, const Cached* values, int stride, int count, u32 stage, int lane) {
-  const int first = lane / PIECES, piece = lane % PIECES;
-  const u32 own = stage + place_of(first, piece >> 1) + (piece & 1) * 8;
+// A step's positions into a stage of the ring, zeros from `count` on, but any scales; place: of the first.
+__device__ __forceinline__ void fetch_step(const Cached* keys, const Cached* values, const Place& place, int count, u32 stage, int lane) {
+  const int first = lane / CHUNKS, chunk = lane % CHUNKS;
+  const u32 own = stage + place_of(first, chunk);
 #pragma unroll
   for (int i = 0; i < LOADS; i++) {
     const int position = i * TOGETHER;
-    const u64 from = static_cast<u64>(position + first) * stride + piece * 8;
+    const u64 from = place.element() + (position + first) * place.stride() + chunk * 16;
     const u32 to = go_on(own, position, 0);
-    copy<8>(to, keys + from, position + first < count);
-    copy<8>(to + VALUES, values + from, position + first < count);
+    copy<16>(to, keys + from, position + first < count);
+    copy<16>(to + VALUES, values + from, position + first < count);
   }
-  const int position = lane % STEP;
-  const Cached* from = (lane < STEP ? keys : values) + static_cast<u64>(position) * stride + HEAD_DIM;
-  copy<4>(stage + SCALES + lane * 4, from, position < count);
+  if (lane < 2 * STEP / 4) copy<16>(stage + SCALES + lane * 16, (lane < STEP / 4 ? keys : values) + scale_of(place) + lane % (STEP / 4) * 16);
 }
 
 struct Seen {
@@ -210,12 +212,9 @@ struct Seen {
   }
   // stage: any that is not on its way
   __device__ __forceinline__ void add_fresh(const Fresh& fresh, u8* stage) {
-    for (int i = lane; i < 2 * PIECES; i += 32) {
-      const int which = i / PIECES, piece = i % PIECES;
-      *reinterpret_cast<uint2*>(stage + which * VALUES + piece * 8) = *reinterpret_cast<const uint2*>(fresh.of[which] + piece * 8);
-    }
-    if (lane < 2)
-      *reinterpret_cast<float*>(stage + SCALES + lane * STEP * 4) = *reinterpret_cast<const float*>(fresh.of[lane] + HEAD_DIM);
+    if (const int which = lane / CHUNKS, chunk = lane % CHUNKS; which < 2)
+      *reinterpret_cast<uint4*>(stage + which * VALUES + chunk * 16) = *reinterpret_cast<const uint4*>(fresh.codes[which] + chunk * 16);
+    if (lane < 2) *reinterpret_cast<float*>(stage + SCALES + lane * STEP * 4) = fresh.scales[lane];
     add(stage, 1);
   }
   // mixed: [GROUP, HEAD_DIM]; peaks, totals: [GROUP]

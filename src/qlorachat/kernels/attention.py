@@ -133,18 +133,15 @@ def gathered_decode_attention(
     scale: float,
 ) -> torch.Tensor:
     """Attention of q [B, H, D] to the keys and values at `places`, [B, H, D], in plain torch."""
-    kv_heads, width = key_cache.shape[2:]
-    head_dim = eight_bits.head_dim_of(key_cache)
-    flat = places.slots.reshape(-1)
-    taken = (
-        cache.view(-1, kv_heads * width).index_select(0, flat) for cache in (key_cache, value_cache)
-    )
+    kv_heads, flat = key_cache.shape[2], places.slots.reshape(-1)
     keys, values = (
-        eight_bits.widen(own.view(*places.slots.shape, kv_heads, width), q.dtype).transpose(1, 2)
-        for own in taken
+        eight_bits.take(cache, flat, q.dtype)
+        .view(*places.slots.shape, kv_heads, -1)
+        .transpose(1, 2)
+        for cache in (key_cache, value_cache)
     )
     # the query heads of one key head become its rows
-    grouped = q.view(len(q), kv_heads, -1, head_dim)
+    grouped = q.view(len(q), kv_heads, -1, q.shape[2])
     mask = None if places.seen is None else places.seen[:, None, None, :]
     mixed = functional.scaled_dot_product_attention(
         grouped, keys, values, attn_mask=mask, scale=scale
@@ -195,8 +192,8 @@ def _attend(
     group, head_dim = q.shape[1] // kv_heads, q.shape[2]
     splits = 1 if sums is None else sums.shape[2]
     shape = {"block_size": block_size, "kv_heads": kv_heads, "group": group, "head_dim": head_dim}
-    shape |= {"tail": eight_bits.TAIL if key_cache.dtype == eight_bits.INT8 else 0}
-    scales = (eight_bits.scales_of(key_cache), eight_bits.scales_of(value_cache))
+    shape |= {"width": key_cache.shape[3]}
+    scales = map(eight_bits.find_scales, (key_cache, value_cache))
     tile = {
         "tile": _TILE,
         "group_block": max(16, triton.next_power_of_2(group)),  # tensor cores take 16 rows
@@ -232,7 +229,7 @@ def _attend_kernel(
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     head_dim: tl.constexpr,
-    tail: tl.constexpr,
+    width: tl.constexpr,
     splits: tl.constexpr,
     tile: tl.constexpr,
     group_block: tl.constexpr,
@@ -264,14 +261,14 @@ def _attend_kernel(
         seen = position < stop
         table = block_tables + row * table_stride + position // block_size
         block = tl.load(table, mask=seen, other=0).to(tl.int64)
-        slot = block * block_size + position % block_size
-        kept = (slot * kv_heads + kv_head)[:, None]
-        cached = kept * (head_dim + tail) + column
+        place, block_width = position % block_size, block_size * kv_heads * width
+        kept = block * block_width + (place * kv_heads + kv_head) * head_dim
+        cached = kept[:, None] + column
         loaded = seen[:, None] & (column < head_dim)
         keys = tl.load(key_cache + cached, mask=loaded, other=0)
         values = tl.load(value_cache + cached, mask=loaded, other=0)
-        if tail:
-            scale_at = kept * ((head_dim + tail) // 4) + head_dim // 4
+        if key_scales is not None:
+            scale_at = (block * (block_width // 4) + kv_head * block_size + place)[:, None]
             key_scale = tl.load(key_scales + scale_at, mask=seen[:, None], other=0.0)
             value_scale = tl.load(value_scales + scale_at, mask=seen[:, None], other=0.0)
             keys = decode(keys, key_scale).to(q.dtype.element_ty)

@@ -154,7 +154,7 @@ struct Scratch {
 };
 
 struct Cache {
-  Cached *keys, *values;  // [blocks, 1 << block_shift, kv_heads, ROW]
+  Cached *keys, *values;  // blocks of [1 << block_shift, kv_heads, HEAD_DIM], in 8 bits with scales behind them
   const int* tables;   // [rows, table_stride]
   const int *lengths, *slots, *positions;  // [rows]
   int table_stride, block_shift;  // a block holds STEP positions or more, so that none is in two
@@ -185,11 +185,13 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   const bool owner = length == 0 ? split == 0 : length - 1 >= start && length - 1 < start + span;
   const int* table = cache.tables + static_cast<u64>(row) * cache.table_stride;
   const u32 stages = static_cast<u32>(__cvta_generic_to_shared(ring));
+  auto find_place = [&](int block, int position) {
+    return Place{static_cast<u64>(block) * (kv_heads * ROW << shift), position & ((1 << shift) - 1), kv_head, kv_heads, shift};
+  };
   auto fetch = [&](int base, int stage) {
     if (base < stop) {
-      const u64 place = (static_cast<u64>(__ldg(table + (base >> shift))) << shift) + (base & ((1 << shift) - 1));
-      const u64 from = (place * kv_heads + kv_head) * ROW;
-      fetch_step(cache.keys + from, cache.values + from, kv_heads * ROW, stop - base, stages + stage * STAGE_BYTES, lane);
+      const Place place = find_place(__ldg(table + (base >> shift)), base);
+      fetch_step(cache.keys, cache.values, place, stop - base, stages + stage * STAGE_BYTES, lane);
     }
     commit_copies();
   };
@@ -230,9 +232,8 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
     scratch.qkv[column] = rounded(taken[i] * factor);
   }
   __syncthreads();
-  auto find_kept = [&](int which) {  // the new position's place in the cache
-    return slot < 0 ? nullptr : (which ? cache.values : cache.keys) + (static_cast<u64>(slot) * kv_heads + kv_head) * ROW;
-  };
+  const Place kept = find_place(slot >> shift, slot);  // of the new position
+  auto keeper = [&](int which) { return slot < 0 ? nullptr : which ? cache.values : cache.keys; };
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
     const int column = tid + i * THREADS;
@@ -250,11 +251,11 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
       continue;
     }
     const int which = (column - WIDTH) / HEAD_DIM;
-    scratch.fresh.put(which, inner, value, find_kept(which));
+    scratch.fresh.put(which, inner, value, keeper(which), kept);
   }
   __syncthreads();
 #if IN_8_BITS
-  if (owner && warp < 2) scratch.fresh.encode(warp, find_kept(warp), lane);
+  if (owner && warp < 2) scratch.fresh.encode(warp, keeper(warp), kept, lane);
   __syncthreads();
 #endif
 

@@ -1,17 +1,21 @@
 """Keys and values in 8 bits, half of what 16 bit take: codes of int8 and a scale for each head.
 
-A head's row of D numbers is D + 8 bytes: its codes, the float32 scale, which is the largest size
-over 127, and 4 bytes that keep rows aligned. A number is code * scale.
+A number is code * scale; a head's scale is its largest size over 127, in float32. A block of the
+cache has all its codes first, [block_size, G, D], then all scales, [G, block_size], so that codes
+are copied by whole lines and a head's scales together. Its tensor's shape, [block_size, G, D + 4],
+says how many bytes these are, not where.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import torch
 
 from qlorachat.kernels.device import jit, tl
 
 INT8 = torch.int8
-TAIL = 8  # bytes of a row behind its codes
+SCALE_BYTES = 4
 _LARGEST = 127.0
 _TINY = 1e-38  # a scale that is not larger has codes of 0: one over it may be infinite
 
@@ -23,38 +27,93 @@ def fits(cache: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def row_width(head_dim: int, dtype: torch.dtype) -> int:
     """Elements that a cache of `dtype` has for `head_dim` numbers."""
-    return head_dim + TAIL if dtype == INT8 else head_dim
+    return head_dim + SCALE_BYTES if dtype == INT8 else head_dim
 
 
 def head_dim_of(cache: torch.Tensor) -> int:
-    """D of a cache [..., D], or [..., D + 8] in 8 bits."""
-    return cache.shape[-1] - TAIL if cache.dtype == INT8 else cache.shape[-1]
+    """D of a cache [..., D], or [..., D + 4] in 8 bits."""
+    return cache.shape[-1] - SCALE_BYTES if cache.dtype == INT8 else cache.shape[-1]
 
 
-def scales_of(cache: torch.Tensor) -> torch.Tensor | None:
-    """The whole cache as float32, a row's scale behind D / 4 others; None in 16 bit."""
-    return cache.view(torch.float32) if cache.dtype == INT8 else None
+def codes_of(cache: torch.Tensor) -> torch.Tensor:
+    """Of a cache in 8 bits, [..., block_size, G, D]."""
+    shape = (*cache.shape[-3:-1], head_dim_of(cache))
+    return cache.flatten(-3)[..., : prod(shape)].view(*cache.shape[:-3], *shape)
+
+
+def scales_of(cache: torch.Tensor) -> torch.Tensor:
+    """Of a cache in 8 bits, float32 [..., block_size, G]."""
+    *blocks, block_size, heads, _ = cache.shape
+    scales = cache.flatten(-3)[..., block_size * heads * head_dim_of(cache) :]
+    return scales.view(torch.float32).view(*blocks, heads, block_size).transpose(-1, -2)
+
+
+def find_scales(cache: torch.Tensor) -> torch.Tensor | None:
+    """Where the first one is, for a kernel; None in 16 bit."""
+    return scales_of(cache) if cache.dtype == INT8 else None
+
+
+def encoded(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of values [..., D]: [..., D] and float32 [...]."""
+    wide = values.float()
+    scales = wide.abs().amax(-1) * (1 / _LARGEST)
+    inverse = 1 / torch.where(scales > _TINY, scales, 1)
+    return torch.floor(wide * inverse[..., None] + 0.5).to(INT8), scales
 
 
 def narrow(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values [..., D] as rows of a cache of `dtype`, in 8 bits [..., D + 8]; otherwise as given."""
+    """Values [..., block_size, G, D] as blocks of a cache of `dtype`; not in 8 bits: as given."""
     if dtype != INT8:
         return values
-    wide = values.float()
-    scales = wide.abs().amax(-1, keepdim=True) * (1 / _LARGEST)
-    inverse = 1 / torch.where(scales > _TINY, scales, 1)
-    codes = torch.floor(wide * inverse + 0.5).to(INT8)
-    tails = torch.cat((scales, torch.zeros_like(scales)), -1).view(INT8)
-    return torch.cat((codes, tails), -1)
+    blocks = values.new_empty((*values.shape[:-1], row_width(values.shape[-1], INT8)), dtype=INT8)
+    for part, own in zip((codes_of(blocks), scales_of(blocks)), encoded(values), strict=True):
+        part.copy_(own)
+    return blocks
 
 
-def widen(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a cache as numbers, [..., D], in `dtype` where they are in 8 bits."""
-    if rows.dtype != INT8:
-        return rows
-    codes, tails = rows.split_with_sizes((rows.shape[-1] - TAIL, TAIL), -1)
-    scales = tails.contiguous().view(torch.float32)[..., :1]
-    return (codes.float() * scales).to(dtype)
+def widen(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Blocks of a cache, as numbers [..., block_size, G, D] in `dtype` where they are in 8 bits."""
+    if blocks.dtype != INT8:
+        return blocks
+    return _decoded(codes_of(blocks), scales_of(blocks), dtype)
+
+
+def take(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Positions of a cache [blocks, block_size, G, D], as numbers: [len(slots), G, D]."""
+    if cache.dtype != INT8:
+        own = cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, slots)
+        return own.view(-1, *cache.shape[2:])
+    at = _places(cache, slots)
+    return _decoded(codes_of(cache)[at], scales_of(cache)[at], dtype)
+
+
+def put(
+    cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None
+) -> None:
+    """Keys or values [len(slots), G, D] to their slots, int64.
+
+    real: bool []; False: there are none, all slots are 0, and that one gets what it has.
+    """
+
+    def write(part: torch.Tensor, at: tuple[torch.Tensor, ...], own: torch.Tensor) -> None:
+        part[at] = own if real is None else torch.where(real, own, part[(0,) * len(at)])
+
+    if cache.dtype != INT8:
+        write(cache.flatten(0, 1), (slots,), rows)
+        return
+    at = _places(cache, slots)
+    for part, own in zip((codes_of(cache), scales_of(cache)), encoded(rows), strict=True):
+        write(part, at, own)
+
+
+def _decoded(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    numbers = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    return torch.mul(codes, scales[..., None], out=numbers)  # in float32, and rounded as it is kept
+
+
+def _places(cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks, and positions in them."""
+    return slots // cache.shape[1], slots % cache.shape[1]
 
 
 @jit

@@ -49,7 +49,7 @@ def rope_and_cache(
     warps = 1 if len(qkv) <= _FEW_ROWS else 4
     grid = (len(qkv), triton.cdiv(all_heads, warps * _HEADS))
     shape = {"heads": q.shape[1], "kv_heads": kv_heads, "half": half}
-    shape |= {"tail": eight_bits.TAIL if key_cache.dtype == eight_bits.INT8 else 0}
+    shape |= {"block_size": key_cache.shape[1], "width": key_cache.shape[3]}
     tile = {"head_block": warps * _HEADS, "half_block": triton.next_power_of_2(half)}
     _rope_kernel[grid](
         qkv,
@@ -60,8 +60,7 @@ def rope_and_cache(
         q,
         key_cache,
         value_cache,
-        eight_bits.scales_of(key_cache),
-        eight_bits.scales_of(value_cache),
+        *map(eight_bits.find_scales, (key_cache, value_cache)),
         **shape,
         **tile,
         num_warps=warps,
@@ -119,16 +118,12 @@ class _Places(NamedTuple):
 
     source: torch.Tensor | None  # None: all rows
     target: torch.Tensor
-    real: torch.Tensor | None  # False: no row is real, and slot 0 gets what it has
+    real: torch.Tensor | None  # bool []; False: no row is, and slot 0 gets what it has
 
 
 def _write(cache: torch.Tensor, rows: torch.Tensor, places: _Places) -> None:
-    flat = cache.view(-1, *cache.shape[2:])
-    rows = eight_bits.narrow(rows, cache.dtype)
     chosen = rows if places.source is None else rows.index_select(0, places.source)
-    if places.real is not None:
-        chosen = torch.where(places.real, chosen, flat[:1])
-    flat.index_copy_(0, places.target, chosen)
+    eight_bits.put(cache, places.target, chosen, places.real)
 
 
 def _find_real(slots: torch.Tensor) -> _Places:
@@ -144,7 +139,7 @@ def _repeat_real(slots: torch.Tensor) -> _Places:
     last = slots.argmax(keepdim=True)
     source = torch.where(slots >= 0, torch.arange(len(slots), device=slots.device), last)
     target = slots.index_select(0, source).clamp(min=0).long()
-    return _Places(source, target, (slots.index_select(0, last) >= 0)[:, None, None])
+    return _Places(source, target, (slots.index_select(0, last) >= 0)[0])
 
 
 @jit
@@ -162,7 +157,8 @@ def _rope_kernel(
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     half: tl.constexpr,
-    tail: tl.constexpr,
+    block_size: tl.constexpr,
+    width: tl.constexpr,
     head_block: tl.constexpr,
     half_block: tl.constexpr,
     early: tl.constexpr,
@@ -188,27 +184,29 @@ def _rope_kernel(
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:
         return
-    width = 2 * half + tail
-    key_row = slot * kv_heads + head - heads
-    value_row = key_row - kv_heads
+    block, place = slot // block_size, slot % block_size
+    block_width: tl.constexpr = block_size * kv_heads * width
+    key_head, value_head = head - heads, head - heads - kv_heads
     is_key = (head >= heads) & (head < heads + kv_heads)
     is_value = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads)
-    if tail:  # of what is rounded, as in another cache
+    if key_scales is not None:  # of what is rounded, as in another cache
         turned_first = turned_first.to(first.dtype).to(tl.float32)
         turned_second = turned_second.to(first.dtype).to(tl.float32)
         first = first.to(tl.float32)
         second = second.to(tl.float32)
         key_scale = scale_of(turned_first, turned_second)
         value_scale = scale_of(first, second)
-        tl.store(key_scales + key_row * (width // 4) + half // 2, key_scale, mask=is_key)
-        tl.store(value_scales + value_row * (width // 4) + half // 2, value_scale, mask=is_value)
+        scale_at = block * (block_width // 4) + place
+        tl.store(key_scales + scale_at + key_head * block_size, key_scale, mask=is_key)
+        tl.store(value_scales + scale_at + value_head * block_size, value_scale, mask=is_value)
         turned_first = encode(turned_first, key_scale)
         turned_second = encode(turned_second, key_scale)
         first = encode(first, value_scale)
         second = encode(second, value_scale)
-    keys = key_cache + key_row * width + column
+    row_at = block * block_width + place * (kv_heads * 2 * half) + column
+    keys = key_cache + row_at + key_head * (2 * half)
     _store_halves(keys, turned_first, turned_second, half, is_key & narrow)
-    values = value_cache + value_row * width + column
+    values = value_cache + row_at + value_head * (2 * half)
     _store_halves(values, first, second, half, is_value & narrow)
 
 
