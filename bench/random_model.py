@@ -17,9 +17,15 @@ from qlorachat.tokens import SamplingParams
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
+    "8b": {  # Llama 3's, with fewer tokens in its vocabulary
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+    },  # fmt: skip
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2},
 }
-HEAD_DIM = {"7b": 128, "13b": 128, "tiny": 64}
+HEAD_DIM = {"7b": 128, "13b": 128, "8b": 128, "tiny": 64}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -29,7 +35,7 @@ def build(size: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     heads = shape["hidden_size"] // HEAD_DIM[size]
     config = LlamaConfig(
         vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5,
-        num_attention_heads=heads, num_key_value_heads=heads, **shape,
+        num_attention_heads=heads, **{"num_key_value_heads": heads, **shape},
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)

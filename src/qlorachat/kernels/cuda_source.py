@@ -20,7 +20,8 @@ from qlorachat.user_cache import cache_root
 log = logging.getLogger(__name__)
 
 HEADERS = (
-    *("attend.cuh", "attend_16_bits.cuh", "attend_8_bits.cuh", "common.cuh", "lora.cuh"),
+    *("attend.cuh", "attend_16_bits.cuh", "attend_16_bits_grouped.cuh"),
+    *("attend_16_bits_single.cuh", "attend_8_bits.cuh", "common.cuh", "lora.cuh"),
     *("lora_between.cuh", "nf4.cuh", "nf4_matmul.cuh", "sums.cuh"),
 )
 

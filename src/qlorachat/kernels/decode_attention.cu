@@ -5,12 +5,15 @@
 //
 // Blocks share out key heads, rows and splits of a row's context (Splits). Keys and values come
 // through a ring in shared memory of each warp's own, those of earlier steps before the wait for
-// q|k|v. What a warp makes of them is in attend_16_bits.cuh or attend_8_bits.cuh.
+// q|k|v. What a warp makes of them is in attend_8_bits.cuh, attend_16_bits_single.cuh or
+// attend_16_bits_grouped.cuh.
 
 #if IN_8_BITS
 #include "attend_8_bits.cuh"
+#elif GROUP == 1
+#include "attend_16_bits_single.cuh"
 #else
-#include "attend_16_bits.cuh"
+#include "attend_16_bits_grouped.cuh"
 #endif
 
 constexpr int MOST_SPLITS = 8;
@@ -302,7 +305,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(
     float* sums, const float* squares, Cached* keys, Cached* values, const int* tables, const int* lengths,
     const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out, int table_stride,
     int block_shift, float share, float eps, float scale, int padded, float* split_sums, int* arrived) {

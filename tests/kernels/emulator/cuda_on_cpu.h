@@ -743,6 +743,11 @@ inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
     const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a, const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
   on_cpu::multiply<on_cpu::half_value>(d, a, b, c);
 }
+inline void mma_sync_aligned_m16n8k8_row_col_f32_bf16_bf16_f32(
+    const std::array<float*, 4>& d, const std::array<uint32_t*, 2>& a, const std::array<uint32_t*, 1>& b, const std::array<float*, 4>& c) {
+  uint32_t none = 0;  // of the second eight of K
+  on_cpu::multiply<on_cpu::half_value>(d, {a[0], a[1], &none, &none}, {b[0], &none}, c);
+}
 inline void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
     const std::array<float*, 4>& d, const std::array<uint32_t*, 4>& a, const std::array<uint32_t*, 2>& b, const std::array<float*, 4>& c) {
   on_cpu::multiply<on_cpu::float16_value>(d, a, b, c);
