@@ -7,7 +7,7 @@
 
 Random inputs from 1 to 64 rows, ranks 16 to 512, one adapter and several, heads of 64 to 256 and
 groups of 1 to 8, contexts from nothing to thousands of positions in 16 and 8 bits, NaN where
-nothing may look; of the products those with A x beside them. Each launch is repeated: what has no
+nothing may look; of the products those with A x or B (A x) beside them. Each launch is repeated: what has no
 atomic adds must come out equal to the bit, the rest within the spread of float32 sums; A x, of the
 product's x or of the x that was written. Ends with status 1 if a kernel differs.
 """
@@ -33,6 +33,7 @@ from qlorachat.kernels.tiles import rows_padded, tile, tiled_shape, untile
 
 ROUNDED = 2**-7  # one step of bfloat16's last digit
 SUMMED = 1e-5  # of float32 sums in another order
+SPLIT = 2**-15  # of A x in two bfloat16
 NAN, UNTOUCHED = float("nan"), 7.0
 ROWS = (1, 2, 3, 8, 9, 16, 20, 32, 47, 64)
 RANKS = (None, 16, 48, 64, 192, 512)
@@ -149,11 +150,14 @@ def product_cases() -> Iterator[Case]:
             x = tile(half(rows, columns), rows_padded(rows))
             x[:, rows:] = NAN
             sums = torch.randn(rows, weight.rows, device="cuda")
-            yield (
-                f"nf4_matmul_tiled, {rows} rows of {columns}, rank {rank}",
-                *(nf4_matmul_tiled, nf4_matmul_tiled_reference),
-                (x, weight, sums, shrinking(rows, columns, rank)),
-            )
+            beside = {"A": shrinking(rows, columns, rank)}
+            beside |= {"B": expanding(rows, weight.rows // 2, 2, rank)} if rank else {}
+            for what, lora in beside.items():
+                yield (
+                    f"nf4_matmul_tiled, {rows} rows of {columns}, {what} of rank {rank}",
+                    *(nf4_matmul_tiled, nf4_matmul_tiled_reference),
+                    (x, weight, sums, lora),
+                )
 
 
 def attention_cases() -> Iterator[Case]:
@@ -251,7 +255,8 @@ def check(case: Case) -> str | None:
 def allowance(kernel: Callable[..., None], arguments: Sequence[Any]) -> float:
     """Of a difference."""
     if kernel is nf4_matmul_tiled:
-        return SUMMED
+        expands = any(isinstance(each, Expanding) for each in arguments)
+        return SPLIT if expands else SUMMED
     # one new key or value that is rounded to another code
     in_8_bits = any(each.dtype == INT8 for each in tensors(arguments))
     return 2 * ROUNDED if in_8_bits else ROUNDED

@@ -22,7 +22,7 @@ SHAPES = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_key_value_heads": 8,
-    },  # fmt: skip
+    },
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2},
 }
 HEAD_DIM = {"7b": 128, "13b": 128, "8b": 128, "tiny": 64}

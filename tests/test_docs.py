@@ -86,31 +86,48 @@ def test_the_readme_s_speeds_were_measured(name: str) -> None:
             assert re.search(rf"\b{speed:,.0f}\b", said), speed
 
 
-def test_speeds_on_a_card_were_measured() -> None:
-    text, record = (ROOT / "docs" / "performance.md").read_text("utf-8"), results("decode")
-    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| \S+ \| (.*) \|$", text, re.MULTILINE)
+CARD_RESULTS = {"7B": "decode", "13B": "decode_13b", "7B in 8 bits": "decode_int8"}
+
+
+@pytest.mark.parametrize("model", CARD_RESULTS)
+def test_speeds_on_a_card_were_measured(model: str) -> None:
+    text, record = (
+        (ROOT / "docs" / "performance.md").read_text("utf-8"),
+        results(CARD_RESULTS[model]),
+    )
+    header = re.search(
+        rf"^\| (?:Llama-2-)?{model}, batch \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE
+    )
+    assert header is not None
+    rows = [line.strip("| ").split(" | ") for line in header[1].splitlines()]
     assert len(rows) == 7
-    for batch, context, own in rows:
-        case = f"engine, batch {batch}, context {context.replace(',', '')}"
-        base, ours = (record[f"{case}, {who}, tokens/s"] for who in ("base", "one adapter"))
-        assert own == f"{base:,.0f} | **{ours:,.0f}** | {100 * (1 - ours / base):.1f} %"
+    for batch, context, *theirs, base, ours, costs in rows:
+        case = f"batch {batch}, context {context.replace(',', '')}"
+        for shown, who in ((base, "base"), (ours, "one adapter")):
+            assert shown.strip("*") == f"{record[f'engine, {case}, {who}, tokens/s']:,.0f}"
+        one, none = (record[f"engine, {case}, {who}, tokens/s"] for who in ("one adapter", "base"))
+        assert costs == f"{100 * (1 - one / none):.1f} %"
+        peer = record.get(f"transformers + PEFT generate, batch {batch}, tokens/s")
+        if theirs and context == "256":
+            assert theirs == ["–" if peer is None else f"{peer:.0f}"]
 
 
 def test_adapters_and_prompts_on_a_card_were_measured() -> None:
-    text, record = (ROOT / "docs" / "performance.md").read_text("utf-8"), results("decode")
-
-    def engine(batch: int, context: int, who: str) -> float:
-        return float(record[f"engine, batch {batch}, context {context}, {who}, tokens/s"])
-
-    rank_64 = "one adapter of rank 64"
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     cases = (
         (32, 256, "eight adapters", "one adapter", "one"),
-        (1, 1024, rank_64, "base", "the base"),
-        (32, 256, rank_64, "base", "the base"),
+        (1, 1024, "one adapter of rank 64", "base", "the base"),
+        (32, 256, "one adapter of rank 64", "base", "the base"),
     )
     for batch, context, who, other, said in cases:
-        own, more = (engine(batch, context, each) for each in (who, other))
-        assert f" | {own:,.0f} ({100 * (1 - own / more):.1f} % below {said}) |\n" in text
+        cells = []
+        for file in CARD_RESULTS.values():
+            case, record = f"engine, batch {batch}, context {context}", results(file)
+            own, more = (record[f"{case}, {each}, tokens/s"] for each in (who, other))
+            below = "" if cells else f" below {said}"
+            cells.append(f"{own:,.0f} ({100 * (1 - own / more):.1f} %{below})")
+        assert f" | {' | '.join(cells)} |\n" in text
+    record = results("decode")
     for batch, (said, rested) in product(
         (1, 4), {"in close succession": "", "the card rested": ", rested"}.items()
     ):
@@ -124,6 +141,10 @@ def test_adapters_and_prompts_on_a_card_were_measured() -> None:
             )
         )
         assert f"| {batch}, {said} | {theirs:,} | {base:,} | **{ours:,}** |\n" in text
+    record = results("decode_13b")
+    for who in ("engine, prefill {}x2048, one adapter", "transformers + PEFT prefill {}x2048"):
+        one, four = (record[f"{who.format(batch)}, tokens/s"] for batch in (1, 4))
+        assert re.search(rf"\b{one:,} (?:of one prompt )?and {four:,}\b", text)
 
 
 @pytest.mark.parametrize(
