@@ -7,9 +7,9 @@
 
 Random inputs from 1 to 64 rows, ranks 16 to 512, one adapter and several, heads of 64 to 256 and
 groups of 1 to 8, contexts from nothing to thousands of positions in 16 and 8 bits, NaN where
-nothing may look; of the products those with A x or B (A x) beside them. Each launch is repeated: what has no
-atomic adds must come out equal to the bit, the rest within the spread of float32 sums; A x, of the
-product's x or of the x that was written. Ends with status 1 if a kernel differs.
+nothing may look; of the products those with A x or B (A x) beside them. Each launch is repeated:
+what has no atomic adds must come out equal to the bit, the rest within the spread of float32 sums;
+A x, of the product's x or of the x that was written. Ends with status 1 if a kernel differs.
 """
 
 import argparse

@@ -23,12 +23,14 @@ class Segment:
 
     `control` pieces are one control token by its name (`<s>`, `<|im_end|>`); all others are plain
     text, in which a control token's name means nothing. `trained` pieces are what a model learns
-    to say: the answers and the token that ends them.
+    to say: the answers and the token that ends them. `first` pieces are encoded as the start of a
+    text, whatever comes before.
     """
 
     text: str
     control: bool = False
     trained: bool = False
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,11 @@ class Tokenizer(Protocol):
         """Every control token by name."""
         ...
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of plain text, and for each the (start, end) characters it covers."""
+    def encode(self, text: str, *, first: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of plain text, and for each the (start, end) characters it covers.
+
+        first: nothing is before it; some vocabularies put a space in front of such a text alone.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

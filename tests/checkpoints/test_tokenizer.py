@@ -10,14 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, models, processors
+from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from qlorachat.checkpoints import read_tokenizer
 from qlorachat.checkpoints.fast_tokenizer import FastTokenizer
 from qlorachat.errors import DialogError, ModelError
+from qlorachat.messages import parse_messages
 from qlorachat.protocols import Tokenizer
+from qlorachat.templates import ChatML, Elyza, Llama2, build_prompt
 from tests.tiny import byte_tokenizer
 
 INST_TWO_BLANKS = [518, 25580, 29962, 29871, 518, 29914, 25580, 29962]
@@ -272,6 +274,42 @@ def test_a_vocabulary_that_cannot_spell_a_control_token_refuses_it() -> None:
     assert tokenizer.encode("aあ")[0] == [2, 0]
     with pytest.raises(DialogError, match=r"reads `</s>` in a message as a control token"):
         tokenizer.encode("a</s>")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_space_is_put_before_a_text_where_transformers_puts_one(
+    scheme: str, llama2_folder: Path
+) -> None:
+    backend = AutoTokenizer.from_pretrained(llama2_folder).backend_tokenizer
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML)
+    ours = FastTokenizer(Backend.from_str(backend.to_str()), bos_token="<s>", eos_token="</s>")
+    dialog = [{"role": "user", "content": "Hi 日本"}, {"role": "assistant", "content": " x"}]
+    dialog.append({"role": "user", "content": ""})
+    prompt = build_prompt(ChatML(), parse_messages(dialog), ours)
+    assert list(prompt.ids) == theirs.apply_chat_template(dialog, return_dict=False)
+    assert ours.encode("Hi")[0] == theirs.encode("Hi", add_special_tokens=False)
+
+
+def test_llama2_s_rounds_begin_as_texts_of_their_own(llama2_folder: Path) -> None:
+    backend = AutoTokenizer.from_pretrained(llama2_folder).backend_tokenizer
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    tokenizer = FastTokenizer(backend, bos_token="<s>", eos_token="</s>")
+    for template in (Llama2(), Elyza()):
+        dialog = parse_messages([{"role": "user", "content": "Hi"}])
+        (bos, *ids) = build_prompt(template, dialog, tokenizer).ids
+        assert bos == tokenizer.control_tokens["<s>"]
+        assert ids[0] == tokenizer.encode("[INST]")[0][0]
+        assert ids[0] != tokenizer.encode("[INST]", first=False)[0][0]
 
 
 def test_half_a_character_is_refused(smollm2: Tokenizer) -> None:

@@ -171,8 +171,10 @@ def test_a_tokenizer_that_merges_inner_spaces_wrongly_is_refused(llama2: Tokeniz
         control_tokens = llama2.control_tokens
         decode = staticmethod(llama2.decode)
 
-        def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-            return llama2.encode(text.replace("  ", " "))
+        def encode(
+            self, text: str, *, first: bool = True
+        ) -> tuple[list[int], list[tuple[int, int]]]:
+            return llama2.encode(text.replace("  ", " "), first=first)
 
     with pytest.raises(DialogError, match="doesn't fit this tokenizer"):
         check_llama2_tokenizer(Merging())

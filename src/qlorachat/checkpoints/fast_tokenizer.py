@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.pre_tokenizers import Metaspace
 
 from qlorachat.checkpoints.byte_fallback import byte_fallback_decoder
 from qlorachat.errors import DialogError
@@ -39,6 +40,7 @@ class FastTokenizer:
             if i in self._hidden or _TAG.fullmatch(token.content)
         }
         self._backend = _as_plain(backend, list(self._control))
+        self._further = _without_prefix(self._backend)
         unknown = self._backend.encode("\U0010ffff", add_special_tokens=False).ids
         self._forbidden = {i: name for name, i in self._control.items() if i not in unknown}
         self._decode = byte_fallback_decoder(backend) or self._decode_by_backend
@@ -68,14 +70,16 @@ class FastTokenizer:
         """Every control token by name; read only."""
         return MappingProxyType(self._control)
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, text: str, *, first: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of plain text, and the (start, end) characters each covers; nothing is added.
 
+        first: some vocabularies put a space before a text with which the prompt begins.
         The bytes of one character that fell to several tokens all cover that character. Raises
         DialogError where the vocabulary has no plain spelling of a control token's name.
         """
         try:
-            encoding = self._backend.encode(text, add_special_tokens=False)
+            backend = self._backend if first else self._further
+            encoding = backend.encode(text, add_special_tokens=False)
         except TypeError as error:  # half of a UTF-16 pair, which JSON can carry
             raise DialogError("The text holds a character that is no Unicode.") from error
         if found := self._forbidden.keys() & set(encoding.ids):
@@ -102,3 +106,14 @@ def _as_plain(backend: Backend, control: Sequence[str]) -> Backend:
     )
     backend.encode_special_tokens = True
     return backend
+
+
+def _without_prefix(backend: Backend) -> Backend:
+    """For text behind a control token: where only the first text gets a space before it."""
+    prefix = backend.pre_tokenizer
+    if not isinstance(prefix, Metaspace) or prefix.prepend_scheme != "first":
+        return backend
+    further = Backend.from_str(backend.to_str())
+    further.pre_tokenizer = Metaspace(prefix.replacement, "never", prefix.split)
+    further.encode_special_tokens = True
+    return further

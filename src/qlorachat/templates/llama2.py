@@ -57,7 +57,7 @@ class Llama2:
         system, rounds = split_rounds(messages, add_generation_prompt=add_generation_prompt)
         segments: list[Segment] = []
         for user, answer in _with_system(system, rounds):
-            segments += [BOS, Segment(f"[INST] {user.strip()} [/INST]")]
+            segments += [BOS, Segment(f"[INST] {user.strip()} [/INST]", first=True)]
             if answer is not None:
                 segments += [Segment(f" {answer.strip()} ", trained=True), EOS]
         return segments
@@ -93,7 +93,7 @@ class Elyza:
         system = self.default_system if system is None else system
         segments: list[Segment] = []
         for user, answer in _with_system(system, rounds):
-            segments += [BOS, Segment(f"[INST] {user} [/INST] ")]
+            segments += [BOS, Segment(f"[INST] {user} [/INST] ", first=True)]
             if answer is not None:
                 segments += [Segment(f"{answer} ", trained=True), EOS]
         return segments

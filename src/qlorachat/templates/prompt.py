@@ -47,10 +47,10 @@ def build_prompt(
 ) -> Prompt:
     """The dialog in the template's format, for this tokenizer.
 
-    Neighbouring pieces of plain text are encoded as one. A token is trained when all the text it
-    covers is. Raises DialogError for contents that hold the format's plain-text tags (unless
-    `tags` is "allow"), for a dialog that the format has no place for, and for a template that does
-    not fit the tokenizer.
+    Neighbouring pieces of plain text are encoded as one, as the first text of the prompt or one
+    behind a control token. A token is trained when all the text it covers is. Raises DialogError
+    for contents that hold the format's plain-text tags (unless `tags` is "allow"), for a dialog
+    that the format has no place for, and for a template that does not fit the tokenizer.
     """
     _check_contents(messages, () if tags == "allow" else template.reserved, template.name)
     if isinstance(template, ChecksTokenizer):
@@ -59,8 +59,11 @@ def build_prompt(
     _check_controls(segments, tokenizer, template.name)
     tokens: list[_Token] = []
     for control, run in groupby(segments, key=lambda segment: segment.control):
-        encode = _encode_controls if control else _encode_text
-        tokens += encode(list(run), tokenizer)
+        pieces = list(run)
+        if control:
+            tokens += _encode_controls(pieces, tokenizer)
+        else:
+            tokens += _encode_text(pieces, tokenizer, first=not tokens or pieces[0].first)
     return Prompt(
         text="".join(segment.text for segment in segments),
         ids=tuple(token_id for token_id, _ in tokens),
@@ -98,8 +101,8 @@ def _encode_controls(run: Sequence[Segment], tokenizer: Tokenizer) -> list[_Toke
     return [(tokenizer.control_tokens[segment.text], segment.trained) for segment in run]
 
 
-def _encode_text(run: Sequence[Segment], tokenizer: Tokenizer) -> list[_Token]:
-    ids, spans = tokenizer.encode("".join(segment.text for segment in run))
+def _encode_text(run: Sequence[Segment], tokenizer: Tokenizer, *, first: bool) -> list[_Token]:
+    ids, spans = tokenizer.encode("".join(segment.text for segment in run), first=first)
     # one byte a character, 1 where it is trained
     marks = b"".join(bytes([segment.trained]) * len(segment.text) for segment in run)
     return [
