@@ -150,8 +150,9 @@ def product_cases() -> Iterator[Case]:
             x = tile(half(rows, columns), rows_padded(rows))
             x[:, rows:] = NAN
             sums = torch.randn(rows, weight.rows, device="cuda")
-            beside = {"A": shrinking(rows, columns, rank)}
-            beside |= {"B": expanding(rows, weight.rows // 2, 2, rank)} if rank else {}
+            beside: dict[str, Shrinking | Expanding | None] = {"A": shrinking(rows, columns, rank)}
+            if rank:
+                beside["B"] = expanding(rows, weight.rows // 2, 2, rank)
             for what, lora in beside.items():
                 yield (
                     f"nf4_matmul_tiled, {rows} rows of {columns}, {what} of rank {rank}",

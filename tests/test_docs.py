@@ -120,7 +120,7 @@ def test_adapters_and_prompts_on_a_card_were_measured() -> None:
         (32, 256, "one adapter of rank 64", "base", "the base"),
     )
     for batch, context, who, other, said in cases:
-        cells = []
+        cells: list[str] = []
         for file in CARD_RESULTS.values():
             case, record = f"engine, batch {batch}, context {context}", results(file)
             own, more = (record[f"{case}, {each}, tokens/s"] for each in (who, other))
