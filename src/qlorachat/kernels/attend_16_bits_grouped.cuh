@@ -24,12 +24,6 @@ __device__ __forceinline__ void fetch_step(const Cached* keys, const Cached* val
   fetch_pieces(keys, values, place, count, lane, [&](int i) { return stage + (own ^ swap_of(i * TOGETHER)) + i * TOGETHER * LINE; });
 }
 
-// Two numbers as bfloat16, and what they are more.
-__device__ __forceinline__ void split(float low, float high, u32& pair, u32& rest) {
-  pair = round_pair(low, high);
-  rest = round_pair(low - low_half(pair), high - high_half(pair));
-}
-
 // d [16, 8] += a [16, 8] b [8, 8]
 __device__ __forceinline__ void multiply_half(float (&d)[4], u32 a0, u32 a1, u32 b) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
@@ -50,8 +44,8 @@ struct Seen {
       const int element = (step >> 1) * 32 + t * 8 + (step & 1) * 4;
       const float4 four = g < GROUP ? *reinterpret_cast<const float4*>(queries + g * HEAD_DIM + element)
                                     : make_float4(0.f, 0.f, 0.f, 0.f);
-      split(four.x, four.y, q[step][0], q[step][1]);
-      split(four.z, four.w, q[step][2], q[step][3]);
+      split_pair(four.x, four.y, q[step][0], q[step][1]);
+      split_pair(four.z, four.w, q[step][2], q[step][3]);
     }
   }
   // The first `count` positions of a stage.
@@ -83,7 +77,7 @@ struct Seen {
       total += weights[i];
     }
     u32 pair, rest;
-    split(weights[0], weights[1], pair, rest);
+    split_pair(weights[0], weights[1], pair, rest);
     const u32 values = static_cast<u32>(__cvta_generic_to_shared(stage)) + VALUES, own = place_of(lane & 7, lane >> 3);
 #pragma unroll
     for (int i = 0; i < QUADS; i++) {

@@ -205,8 +205,7 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           u32(&pairs)[2] = shrunk[g][part][i];
-          pairs[0] = round_pair(own[i][0], own[i][1]);
-          pairs[1] = round_pair(own[i][0] - low_half(pairs[0]), own[i][1] - high_half(pairs[0]));
+          split_pair(own[i][0], own[i][1], pairs[0], pairs[1]);
         }
       }
     }

@@ -13,6 +13,11 @@ __device__ __forceinline__ u32 round_pair(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+// Two numbers as a pair, and what they are more than that: digits of two bfloat16.
+__device__ __forceinline__ void split_pair(float low, float high, u32& pair, u32& rest) {
+  pair = round_pair(low, high);
+  rest = round_pair(low - low_half(pair), high - high_half(pair));
+}
 __device__ __forceinline__ float rounded(float value) { return low_half(round_pair(value, 0.f)); }
 
 __device__ __forceinline__ void add_pair(float* at, float a, float b) {
