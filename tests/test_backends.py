@@ -301,7 +301,7 @@ def test_keys_and_values_in_8_bits(trained: Path, caplog: pytest.LogCaptureFixtu
         for found in map(re.compile(r"KV cache .* for ([\d,]+) tokens").search, caplog.messages)
         if found
     )
-    assert 1.77 * wide <= narrow <= 1.78 * wide  # 2 x 64 bytes, and 72
+    assert 1.88 * wide <= narrow <= 1.89 * wide  # 2 x 64 bytes, and 68
     with ChatEngine("smollm2", backend="paged", kv_cache="int8", **options) as engine:
         assert "Paris" in engine.chat(PROMPTS[0], **GREEDY).text
         assert engine.chat(QUESTION, adapter="zunda", **GREEDY).text == SENTENCE
