@@ -112,6 +112,14 @@ def test_speeds_on_a_card_were_measured(model: str) -> None:
             assert theirs == ["–" if peer is None else f"{peer:.0f}"]
 
 
+def test_room_for_tokens_on_a_card_was_planned() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    narrow, wide = (results(file)["plan"].split(" for ")[1] for file in ("decode_int8", "decode"))
+    assert f"room for {narrow} of the 7B model instead of {wide.removesuffix(' tokens')}" in text
+    copied = results("decode")["copy GB/s"]
+    assert f"Device copy: {copied:,} GB/s" in text
+
+
 def test_adapters_and_prompts_on_a_card_were_measured() -> None:
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     cases = (

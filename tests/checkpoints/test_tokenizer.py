@@ -282,13 +282,15 @@ CHATML = (
 )
 
 
+@pytest.mark.parametrize("in_sequence", [False, True])
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 def test_a_space_is_put_before_a_text_where_transformers_puts_one(
-    scheme: str, llama2_folder: Path
+    scheme: str, in_sequence: bool, llama2_folder: Path
 ) -> None:
     backend = AutoTokenizer.from_pretrained(llama2_folder).backend_tokenizer
     backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+    splitting = pre_tokenizers.Metaspace("▁", scheme, split=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([splitting]) if in_sequence else splitting
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML)
     ours = FastTokenizer(Backend.from_str(backend.to_str()), bos_token="<s>", eos_token="</s>")

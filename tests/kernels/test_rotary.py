@@ -12,6 +12,7 @@ from qlorachat.kernels.eight_bits import (
     INT8,
     codes_of,
     encoded,
+    find,
     head_dim_of,
     narrow,
     scales_of,
@@ -121,6 +122,6 @@ def test_a_card_is_not_waited_for_and_gets_the_same_writes(
     at, rows = torch.tensor(slots, dtype=torch.int32), torch.randn(len(slots), 2, 8)
     expected = narrow(torch.randn(3, 2, 2, 8), dtype)
     written = expected.clone()
-    _write(expected, rows, _find_real(at))
-    _write(written, rows, _repeat_real(at))
+    for cache, places in ((expected, _find_real(at)), (written, _repeat_real(at))):
+        _write(cache, rows, places, find(cache, places.target))
     assert torch.equal(written, expected)

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any, cast
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.pre_tokenizers import Sequence as Splits
 
 from qlorachat.checkpoints.byte_fallback import byte_fallback_decoder
 from qlorachat.errors import DialogError
@@ -110,10 +112,17 @@ def _as_plain(backend: Backend, control: Sequence[str]) -> Backend:
 
 def _without_prefix(backend: Backend) -> Backend:
     """For text behind a control token: where only the first text gets a space before it."""
-    prefix = backend.pre_tokenizer
-    if not isinstance(prefix, Metaspace) or prefix.prepend_scheme != "first":
+    if not any(each.prepend_scheme == "first" for each in _metaspaces(backend)):
         return backend
     further = Backend.from_str(backend.to_str())
-    further.pre_tokenizer = Metaspace(prefix.replacement, "never", prefix.split)
     further.encode_special_tokens = True
+    for each in _metaspaces(further):
+        each.prepend_scheme = "never"
     return further
+
+
+def _metaspaces(backend: Backend) -> list[Metaspace]:
+    """Whose settings are the backend's own."""
+    splitting = backend.pre_tokenizer
+    parts = list(cast(Any, splitting)) if isinstance(splitting, Splits) else [splitting]
+    return [each for each in parts if isinstance(each, Metaspace)]

@@ -9,7 +9,7 @@
 
 #include "attend_16_bits.cuh"
 
-constexpr int BLOCKS = HEAD_DIM == 128 ? 4 : 0;  // of a processor at least: 128 registers
+constexpr int LEAST_BLOCKS = HEAD_DIM == 128 ? 4 : 0;  // of a processor: 128 registers, else any number
 constexpr int LINE = HEAD_DIM * 2;  // bytes of a position in a stage
 constexpr int QUADS = LANES / 4;    // of four pieces of a position, 32 elements
 

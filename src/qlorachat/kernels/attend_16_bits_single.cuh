@@ -4,7 +4,7 @@
 
 #include "attend_16_bits.cuh"
 
-constexpr int BLOCKS = 0;  // of a processor at least: any number of registers
+constexpr int LEAST_BLOCKS = 0;  // of a processor: any number of registers
 constexpr int LOAD_BYTES = 32 * 16;
 
 __device__ __forceinline__ void fetch_step(const Cached* keys, const Cached* values, const Place& place, int count, u32 stage, int lane) {

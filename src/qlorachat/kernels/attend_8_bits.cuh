@@ -10,7 +10,7 @@
 
 typedef u8 Cached;
 constexpr int ROW = HEAD_DIM + 4;               // bytes of a position's key or value in a block, its scale with it
-constexpr int BLOCKS = 0;                       // of a processor at least: any number of registers
+constexpr int LEAST_BLOCKS = 0;                 // of a processor: any number of registers
 constexpr int STEP = 16;                        // positions of a warp at a time
 constexpr int TILES = (GROUP + 3) / 4;          // of heads
 constexpr int CHUNKS = HEAD_DIM / 16;           // of 16 elements

@@ -133,11 +133,9 @@ def gathered_decode_attention(
     scale: float,
 ) -> torch.Tensor:
     """Attention of q [B, H, D] to the keys and values at `places`, [B, H, D], in plain torch."""
-    kv_heads, flat = key_cache.shape[2], places.slots.reshape(-1)
+    kv_heads, at = key_cache.shape[2], eight_bits.find(key_cache, places.slots.reshape(-1))
     keys, values = (
-        eight_bits.take(cache, flat, q.dtype)
-        .view(*places.slots.shape, kv_heads, -1)
-        .transpose(1, 2)
+        eight_bits.take(cache, at, q.dtype).view(*places.slots.shape, kv_heads, -1).transpose(1, 2)
         for cache in (key_cache, value_cache)
     )
     # the query heads of one key head become its rows

@@ -305,7 +305,7 @@ __device__ __forceinline__ void attend(float* sums, const float* squares, const 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS) attend(
     float* sums, const float* squares, Cached* keys, Cached* values, const int* tables, const int* lengths,
     const int* cache_slots, const int* positions, const u16* cos, const u16* sin, u16* out, int table_stride,
     int block_shift, float share, float eps, float scale, int padded, float* split_sums, int* arrived) {

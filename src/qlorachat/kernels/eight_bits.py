@@ -78,42 +78,40 @@ def widen(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return _decoded(codes_of(blocks), scales_of(blocks), dtype)
 
 
-def take(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Positions of a cache [blocks, block_size, G, D], as numbers: [len(slots), G, D]."""
-    if cache.dtype != INT8:
-        own = cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, slots)
-        return own.view(-1, *cache.shape[2:])
-    at = _places(cache, slots)
-    return _decoded(codes_of(cache)[at], scales_of(cache)[at], dtype)
+def find(cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `take` and `put` know slots by, in all caches of one shape."""
+    return (slots // cache.shape[1], slots % cache.shape[1]) if cache.dtype == INT8 else (slots,)
+
+
+def take(cache: torch.Tensor, at: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Positions of a cache [blocks, block_size, G, D], as numbers: [slots, G, D]."""
+    if cache.dtype == INT8:
+        return _decoded(codes_of(cache)[at], scales_of(cache)[at], dtype)
+    own = cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, *at)
+    return own.view(-1, *cache.shape[2:])
 
 
 def put(
-    cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, real: torch.Tensor | None = None
+    cache: torch.Tensor,
+    at: tuple[torch.Tensor, ...],
+    rows: torch.Tensor,
+    real: torch.Tensor | None = None,
 ) -> None:
-    """Keys or values [len(slots), G, D] to their slots, int64.
+    """Keys or values [slots, G, D] to their slots.
 
     real: bool []; False: there are none, all slots are 0, and that one gets what it has.
     """
-
-    def write(part: torch.Tensor, at: tuple[torch.Tensor, ...], own: torch.Tensor) -> None:
+    if cache.dtype == INT8:
+        pairs = list(zip((codes_of(cache), scales_of(cache)), encoded(rows), strict=True))
+    else:
+        pairs = [(cache.flatten(0, 1), rows)]
+    for part, own in pairs:
         part[at] = own if real is None else torch.where(real, own, part[(0,) * len(at)])
-
-    if cache.dtype != INT8:
-        write(cache.flatten(0, 1), (slots,), rows)
-        return
-    at = _places(cache, slots)
-    for part, own in zip((codes_of(cache), scales_of(cache)), encoded(rows), strict=True):
-        write(part, at, own)
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     numbers = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     return torch.mul(codes, scales[..., None], out=numbers)  # in float32, and rounded as it is kept
-
-
-def _places(cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks, and positions in them."""
-    return slots // cache.shape[1], slots % cache.shape[1]
 
 
 @jit

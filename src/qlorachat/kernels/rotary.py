@@ -87,8 +87,9 @@ def rope_and_cache_reference(
     first, second = turning.chunk(2, dim=2)
     turned = turning * cosines + torch.cat((-second, first), dim=2) * sines
     places = _repeat_real(slots) if slots.is_cuda else _find_real(slots)
-    _write(key_cache, turned[:, -kv_heads:], places)
-    _write(value_cache, values, places)
+    at = eight_bits.find(key_cache, places.target)
+    _write(key_cache, turned[:, -kv_heads:], places, at)
+    _write(value_cache, values, places, at)
     return turned[:, :-kv_heads].contiguous()
 
 
@@ -121,9 +122,12 @@ class _Places(NamedTuple):
     real: torch.Tensor | None  # bool []; False: no row is, and slot 0 gets what it has
 
 
-def _write(cache: torch.Tensor, rows: torch.Tensor, places: _Places) -> None:
+def _write(
+    cache: torch.Tensor, rows: torch.Tensor, places: _Places, at: tuple[torch.Tensor, ...]
+) -> None:
+    """at: of the places' targets."""
     chosen = rows if places.source is None else rows.index_select(0, places.source)
-    eight_bits.put(cache, places.target, chosen, places.real)
+    eight_bits.put(cache, at, chosen, places.real)
 
 
 def _find_real(slots: torch.Tensor) -> _Places:
