@@ -42,7 +42,8 @@ SLOTS = 4
 # many more each of these holds
 ADAPTERS = (
     *((False, *ranks, 0) for ranks in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True)),
-    *((True, *ranks, 0) for ranks in ((16, None), (None, 48), (16, 48))),  # have their own kernels
+    # kernels of their own
+    *((True, *ranks, 0) for ranks in ((16, None), (None, 48), (32, 96), (64, 192))),
     *((True, 16, 48, 48), (False, 16, 48, 48), (False, 64, 192, 16)),
 )
 SPLITS = (None, 1, 2, 4, 8)

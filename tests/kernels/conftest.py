@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlorachat.kernels import cuda_source, decode_attention, nf4_matmul
+from qlorachat.kernels import cuda_source, decode_attention, decode_step, nf4_matmul
 from tests.kernels import emulator
 
 
@@ -27,7 +27,8 @@ def card(
     monkeypatch.setattr(cuda_source, "launch", compiled_for_cpu.launch)
     monkeypatch.setattr(cuda_source, "shared_bytes", lambda device: kind.shared_bytes)
     monkeypatch.setattr(decode_attention, "starts_early", lambda device: kind.starts_early)
-    monkeypatch.setattr(nf4_matmul, "is_hopper", lambda device: kind is emulator.HOPPER)
+    for module in (nf4_matmul, decode_step):
+        monkeypatch.setattr(module, "is_hopper", lambda device: kind is emulator.HOPPER)
     monkeypatch.setattr(nf4_matmul, "tuned_blocks", lambda *key: None)
     compiled_for_cpu.card = kind
     compiled_for_cpu.launched.clear()

@@ -124,7 +124,8 @@ def test_sums_are_rounded_once_after_the_norm(dtype: torch.dtype) -> None:
 KERNELS = {
     f"{kernel}_{kind}"
     for kernel in ("begin_residual", "add_to_residual", "silu_mul")
-    for kind in ("1_one", "1", "2")
+    for tiles in (1, 2)
+    for kind in (f"{tiles}", *(f"{tiles}_{ranks}" for ranks in decode_step.RANKS_OF_ONE))
 }
 
 
@@ -136,23 +137,55 @@ def test_the_source_compiles(architecture: str) -> None:
     assert set(registers(code)) == KERNELS
 
 
-BESIDE = [  # rows of a product, a kernel that waits beside it, warps of its that one scheduler has
-    *((8, "add_to_residual_1_one", 1), (8, "silu_mul_1_one", 2)),
-    *((8, "add_to_residual_1", 1), (8, "silu_mul_1", 2)),
-    *((16, "add_to_residual_1", 1), (16, "silu_mul_1", 2)),
-    *((32, "add_to_residual_2", 1), (32, "silu_mul_2", 1)),
+def pieces(ranks: int, tiles: int) -> int:
+    """Bytes of one adapter's B and A, four times as many ranks, for a block of four warps."""
+    return ranks // 16 * 4 * tiles * 4 * decode_step._PIECE_BYTES
+
+
+ADD, SWIGLU, PROCESSOR = "add_to_residual", "silu_mul", 228 * 1024  # bytes of shared memory
+BESIDE = [  # rows of a product, what waits beside it, its warps on one scheduler, its pieces
+    *((rows, f"{ADD}_1", 1, decode_step._BESIDE[rows]) for rows in (8, 16)),
+    *((rows, f"{ADD}_1_{one}", 1, pieces(one, 1)) for rows in (8, 16) for one in (16, 32, 64)),
+    *((rows, f"{SWIGLU}_1", 2, decode_step._BESIDE[rows]) for rows in (8, 16)),
+    *((rows, f"{SWIGLU}_1_{one}", 2, pieces(one, 1)) for rows in (8, 16) for one in (16, 32, 64)),
+    (32, f"{ADD}_2", 1, decode_step._BESIDE[32]),
+    *((32, f"{ADD}_2_{one}", 1, pieces(one, 2)) for one in (16, 32)),
 ]
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("rows", "kernel", "warps"), BESIDE)
-def test_a_block_fits_beside_a_product(rows: int, kernel: str, warps: int) -> None:
-    """With all memory for pieces that it may have beside one, on a Hopper processor."""
-    sources = ("decode_step.cu", "nf4_matmul_hopper.cu")
-    step, product = (compiled(source, "sm_90a") for source in sources)
-    name = f"nf4_matmul_{rows}"
-    found = registers(step) | registers(product)
-    own, others = (-(-found[each] // 8) * 8 for each in (kernel, name))
+@pytest.mark.parametrize(("rows", "kernel", "warps", "asked"), BESIDE)
+def test_a_block_fits_beside_a_product(rows: int, kernel: str, warps: int, asked: int) -> None:
+    """On a Hopper processor, with what it asks for."""
+    taken, others = product_takes(rows)
+    own, least = block_takes(kernel)
     assert 32 * (4 * others + warps * own) <= 65536 // 4  # of one of four schedulers
-    taken = nf4_matmul._hopper_instance(rows).shared_bytes + shared_bytes(product, name)
-    assert taken + decode_step._BESIDE[rows] + shared_bytes(step, kernel) <= 228 * 1024
+    assert taken + asked + least <= PROCESSOR
+
+
+SPREAD = {(32, 2): (SWIGLU, 3), (64, 1): (ADD, 3), (64, 2): (SWIGLU, 4)}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("kind", ["2", "2_16", "2_32"])
+@pytest.mark.parametrize(("place", "asked"), decode_step._SPREAD.items())
+def test_so_many_blocks_share_a_processor(place: tuple[int, int], asked: int, kind: str) -> None:
+    kernel, count = SPREAD[place]
+    own, least = block_takes(f"{kernel}_{kind}")
+    assert PROCESSOR // (asked + least) == count <= 65536 // (128 * own)
+    taken, others = product_takes(place[0])
+    beside = taken + asked + least <= PROCESSOR and 512 * others + 128 * own <= 65536
+    assert beside == (place[0] == 32)
+
+
+def product_takes(rows: int) -> tuple[int, int]:
+    """Bytes of a product's block on Hopper, and registers of a thread."""
+    code, name = compiled("nf4_matmul_hopper.cu", "sm_90a"), f"nf4_matmul_{rows}"
+    taken = nf4_matmul._hopper_instance(rows).shared_bytes + shared_bytes(code, name)
+    return taken, -(-registers(code)[name] // 8) * 8
+
+
+def block_takes(kernel: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes of a block that asks for none."""
+    code = compiled("decode_step.cu", "sm_90a")
+    return -(-registers(code)[kernel] // 8) * 8, shared_bytes(code, kernel)

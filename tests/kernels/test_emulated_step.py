@@ -127,7 +127,7 @@ def check_adapters(run: Sequence[Any], given: Sequence[Any]) -> None:
     ("rank", "one", "more"),
     [
         *((rank, False, 0) for rank in (None, 16, 48, 64, 112, 192)),
-        *((48, True, 0), (48, True, 48), (96, False, 16)),
+        *((48, True, 0), (48, True, 48), (96, True, 0), (192, True, 16), (96, False, 16)),
     ],
 )
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 320), (9, 576), (64, 192)])
@@ -148,9 +148,10 @@ RANKS = [  # of the adapters that are added, and of the next product's
     *((16, None), (48, None), (80, None), (192, None)),
     *((16, 192), (48, 48), (80, 16), (192, 112)),
 ]
-ADAPTERS = [  # whether rows have one alone, which has kernels of its own if it has 16 ranks; more
+ADAPTERS = [  # whether rows have one alone, which has kernels of its own if both fit; more
     *((False, *ranks, 0) for ranks in RANKS),
     *((True, *ranks, 0) for ranks in ((None, 48), (16, None), (16, 48), (32, 48))),
+    *((True, *ranks, 16) for ranks in ((None, 192), (64, None), (32, 96), (64, 192), (64, 144))),
     *((True, 16, 48, 48), (False, 16, 48, 32), (False, 80, 192, 16)),
 ]
 
@@ -190,7 +191,7 @@ def test_the_last_add_to_residual(card: Emulator, rank: int | None) -> None:
     ("rank", "one", "more"),
     [
         *((rank, False, 0) for rank in (None, 16, 48, 80, 192)),
-        *((16, True, 0), (16, True, 48), (48, False, 16)),
+        *((16, True, 0), (16, True, 48), (32, True, 0), (64, True, 16), (48, False, 16)),
     ],
 )
 @pytest.mark.parametrize(("rows", "width"), ROWS_AND_WIDTHS)

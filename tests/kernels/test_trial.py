@@ -14,7 +14,7 @@ from qlorachat.kernels.decode_attention import attend_sums_reference
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.eight_bits import INT8
 from qlorachat.kernels.nf4_write_out import LoraMatrices
-from tests.kernels.emulator import Emulator, OnCard
+from tests.kernels.emulator import HOPPER, Emulator, OnCard
 from tests.kernels.test_decode_step import KERNELS
 
 HALF = torch.bfloat16
@@ -22,7 +22,7 @@ LIKE = torch.empty(0).as_subclass(OnCard)
 CARD = torch.device("cuda", 0)
 TRIALS: list[tuple[Callable[[torch.Tensor], None], int]] = [
     (trial.try_products, 30),
-    (trial.try_step, 9),
+    (trial.try_step, 24),
     (partial(trial.try_attention, group=1, head_dim=128, cached=HALF), 2),
     (partial(trial.try_attention, group=3, head_dim=64, cached=INT8), 2),
     (partial(trial.try_attention, group=4, head_dim=256, cached=HALF), 2),
@@ -40,7 +40,9 @@ def test_all_kernels_pass(
 
 def test_all_kernels_of_a_step_are_tried(card: Emulator) -> None:
     trial.try_step(LIKE)
-    assert set(card.launched) == KERNELS
+    roomy = card.card is HOPPER  # others have no room for all of 64 ranks
+    least = {each for each in KERNELS if roomy or not each.endswith("_64")}
+    assert KERNELS >= set(card.launched) >= least
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan")])

@@ -48,10 +48,10 @@ struct Residual {
 struct Squares { float of[WARPS][ROWS]; };  // of a block's columns, by warps
 
 // h of a lane's columns, as it is to be, and all that follows from it.
-template <int TILES, bool ONE>
+template <int TILES, int PIECES>
 __device__ __forceinline__ void leave(const Residual& residual, const Place<TILES, WARPS>& at, uint2* own,
                                       const Tiled<TILES>& tiled, const uint2 (&h)[TILES], const uint2 (&factors)[TILES],
-                                      Shrink<TILES, ONE>& shrink) {
+                                      Shrink<TILES, PIECES>& shrink) {
   const bool inside = at.row < residual.rows && at.column < residual.width;
   u32 x[TILES][2] = {};
   float square = 0.f;
@@ -78,12 +78,12 @@ __device__ __forceinline__ void leave(const Residual& residual, const Place<TILE
   });
 }
 
-template <int TILES, bool ONE>
+template <int TILES, int PIECES>
 __device__ __forceinline__ void begin_residual(const long long* ids, const u16* embedding, const Residual& residual,
                                                const Shrinking& adapters, int room) {
   let_next_start();
   const Place<TILES, WARPS> at;
-  Shrink<TILES, ONE> shrink(adapters, at, residual.rows, residual.width, find_pieces<TILES, 0>(at.warp, 0, room), room);
+  Shrink<TILES, PIECES> shrink(adapters, at, residual.rows, residual.width, find_pieces<TILES, 0>(at.warp, 0, room), room);
   const Tiled<TILES> tiled(residual.x, at, residual.padded);
   uint2* own = at.template find<uint2>(residual.h, residual.width);
   uint2 h[TILES] = {}, factors[TILES];
@@ -98,14 +98,14 @@ __device__ __forceinline__ void begin_residual(const long long* ids, const u16* 
   leave(residual, at, own, tiled, h, factors, shrink);
 }
 
-template <int TILES, bool ONE>
+template <int TILES, int PIECES>
 __device__ __forceinline__ void add_to_residual(float* sums, const Residual& residual, const Expanding& expanding,
                                                 int b_room, const Shrinking& shrinking, int a_room) {
   let_next_start();
   const Place<TILES, WARPS> at;
   u8* pieces = find_pieces<TILES, 1>(at.warp, b_room, a_room);
-  Expand<TILES, 1, ONE ? 1 : TILES == 1 ? 4 : 2, ONE> expand(expanding, at, residual.rows, residual.width, pieces, b_room);
-  Shrink<TILES, ONE> shrink(shrinking, at, residual.rows, residual.width, pieces + b_room * TILES * PIECE, a_room);
+  Expand<TILES, 1, PIECES ? PIECES : TILES == 1 ? 4 : 2, PIECES != 0> expand(expanding, at, residual.rows, residual.width, pieces, b_room);
+  Shrink<TILES, PIECES> shrink(shrinking, at, residual.rows, residual.width, pieces + b_room * TILES * PIECE, a_room);
   const Tiled<TILES> tiled(residual.x, at, residual.padded);
   uint2* own = at.template find<uint2>(residual.h, residual.width);
   float4* own_sums = at.template find<float4>(sums, residual.width);
@@ -139,12 +139,12 @@ __device__ __forceinline__ void add_to_residual(float* sums, const Residual& res
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // gate|up times 1 / rms, rounded; silu(gate) * up tiled.
-template <int TILES, int WARPS, bool ONE>
+template <int TILES, int WARPS, int PIECES>
 __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16* x, const Expanding& adapters, int room,
                                          int width, float share, float eps, int rows, int padded) {
   let_next_start();
   const Place<TILES, WARPS> at;
-  Expand<TILES, 2, ONE ? 1 : 2, ONE> expand(adapters, at, rows, width, find_pieces<TILES, 2>(at.warp, room, 0), room);
+  Expand<TILES, 2, PIECES ? PIECES : 2, PIECES != 0> expand(adapters, at, rows, width, find_pieces<TILES, 2>(at.warp, room, 0), room);
   const Tiled<TILES> tiled(x, at, padded);
   float4* own[2] = {at.template find<float4>(sums, 2 * width), at.template find<float4>(sums + width, 2 * width)};
   const float* square = hold(squares + at.row);
@@ -177,12 +177,12 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
 // One block fits beside a product of up to 32 rows.
 #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
 
-#define RESIDUAL(NAME, TILES, ONE)                                                                                     \
+#define RESIDUAL(NAME, TILES, PIECES)                                                                                     \
   KERNEL begin_residual_##NAME(const long long* ids, const u16* embedding, const u16* weight, u16* x, u16* residual,   \
                                float* squares, const u16* lora_a, const int* lora_slots, float* shrunk, int stride,    \
                                int held, int ranks, int own_ranks, int gap, int a_room, int rows, int width,           \
                                int padded) {                                                                           \
-    begin_residual<TILES, ONE>(ids, embedding, {residual, weight, x, squares, rows, width, padded},                    \
+    begin_residual<TILES, PIECES>(ids, embedding, {residual, weight, x, squares, rows, width, padded},                    \
                                {lora_a, lora_slots, shrunk, stride, held, {ranks, own_ranks, gap}}, a_room);           \
   }                                                                                                                    \
   KERNEL add_to_residual_##NAME(                                                                                       \
@@ -190,25 +190,35 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
       const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride, int held, int ranks, int b_room, \
       const u16* lora_a, const int* next_lora_slots, float* shrunk, int next_stride, int next_held, int next_ranks,    \
       int own_ranks, int gap, int a_room, int rows, int width, int padded) {                                           \
-    add_to_residual<TILES, ONE>(sums, {residual, weight, x, squares, rows, width, padded},                             \
+    add_to_residual<TILES, PIECES>(sums, {residual, weight, x, squares, rows, width, padded},                             \
                                 {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, b_room,           \
                                 {lora_a, next_lora_slots, shrunk, next_stride, next_held, {next_ranks, own_ranks, gap}},\
                                 a_room);                                                                               \
   }
-RESIDUAL(1_one, 1, true)
-RESIDUAL(1, 1, false)
-RESIDUAL(2, 2, false)
+RESIDUAL(1, 1, 0)
+RESIDUAL(1_16, 1, 1)
+RESIDUAL(1_32, 1, 2)
+RESIDUAL(1_64, 1, 4)
+RESIDUAL(2, 2, 0)
+RESIDUAL(2_16, 2, 1)
+RESIDUAL(2_32, 2, 2)
+RESIDUAL(2_64, 2, 4)
 
 // Up to 8 rows of a 7B or 13B model's gate|up are no more blocks of 7 warps than a card like the H100 has processors,
 // and with 96 registers these fit beside a product: then all start while it runs.
-#define SWIGLU(NAME, TILES, ONE, WARPS, REGISTERS)                                                                     \
+#define SWIGLU(NAME, TILES, PIECES, WARPS, REGISTERS)                                                                     \
   extern "C" __global__ void __maxnreg__(REGISTERS)                                                                    \
   silu_mul_##NAME(float* sums, const float* squares, u16* x, const float* lora_shrunk, const u16* lora_b,              \
                   const int* lora_slots, const float* lora_scales, int stride, int held, int ranks, int b_room,        \
                   int width, float share, float eps, int rows, int padded) {                                           \
-    silu_mul<TILES, WARPS, ONE>(sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, \
+    silu_mul<TILES, WARPS, PIECES>(sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, \
                                 b_room, width, share, eps, rows, padded);                                              \
   }
-SWIGLU(1_one, 1, true, 7, 96)
-SWIGLU(1, 1, false, 7, 96)
-SWIGLU(2, 2, false, 4, 128)
+SWIGLU(1, 1, 0, 7, 96)
+SWIGLU(1_16, 1, 1, 7, 96)
+SWIGLU(1_32, 1, 2, 7, 96)
+SWIGLU(1_64, 1, 4, 7, 96)
+SWIGLU(2, 2, 0, 4, 128)
+SWIGLU(2_16, 2, 1, 4, 128)
+SWIGLU(2_32, 2, 2, 4, 128)
+SWIGLU(2_64, 2, 4, 4, 128)

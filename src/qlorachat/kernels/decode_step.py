@@ -23,6 +23,7 @@ from qlorachat.kernels.decode_lora import (
     shrink_reference,
     shrinking_arguments,
 )
+from qlorachat.kernels.device import is_hopper
 from qlorachat.kernels.sums import LateNorm, check_squares, check_sums, take_sums_reference
 from qlorachat.kernels.tiles import rows_padded, tiled_shape, write_tiled
 
@@ -34,13 +35,15 @@ _FEW = 16  # rows up to which a warp has one tile of columns, not two
 _COLUMNS = 16  # of a tile
 _PIECE_BYTES = 512  # of 16 ranks of a tile, PIECE in lora_between.cuh
 _LEAST = {1: (4, 8), 2: (2, 6)}  # of B and A, that are used at once: GROUPS there, by tiles
-# slots that rows may have, and ranks, of B and of A (q|k|v's) that have kernels of their own
-_ONE = ([(1, 16), (0, 0)], [(0, 0), (1, 48)], [(1, 16), (1, 48)])
+RANKS_OF_ONE = (16, 32, 64)  # of rows' only adapter, that have kernels of their own
 # bytes of shared memory for a block's pieces: what a product of so many padded rows leaves, beside
 # which a block then waits; of most rows nothing fits beside one
 _BESIDE = {8: 58 * 1024, 16: 46 * 1024, 32: 26 * 1024, 64: 64 * 1024}
 _ALONE = 64 * 1024  # for those of one adapter, beside a product or not
 _LITTLE = 24 * 1024  # on cards that are not roomy
+# bytes that a block has at the least on Hopper, by padded rows and parts: three or four then fit on
+# a processor. Else those that have room first take most blocks, and others wait for them
+_SPREAD = {(32, 2): 60 * 1024, (64, 1): 58 * 1024, (64, 2): 52 * 1024}
 
 
 def begin_residual(
@@ -224,7 +227,7 @@ class _Room(NamedTuple):
 
     b: int
     a: int
-    one: bool  # whether that is one adapter of 16 ranks, and the rows are few
+    one: int  # ranks of the rows' only adapter, where these have kernels of their own, or 0
     warps: int
     bytes: int  # of a block
 
@@ -252,8 +255,18 @@ def _find_room(
     )
     b = min(b, max(least_b, left // parts - min(a, left // 2)))
     a = min(a, max(least_a, left - b * parts))
-    one = tiles == 1 and sizes in _ONE
-    return _Room(b, a, one, warps, warps * tiles * (b * parts + a) * _PIECE_BYTES)
+    one = next((ranks for ranks in RANKS_OF_ONE if sizes in _sizes_of_one(ranks)), 0)
+    if (16 * b, 16 * a) != tuple(ranks for _, ranks in sizes):
+        one = 0  # no room for all pieces at once
+    held = warps * tiles * (b * parts + a) * _PIECE_BYTES
+    least = _SPREAD.get((rows_padded(rows), parts), 0) if is_hopper(device) else 0
+    return _Room(b, a, one, warps, max(held, least))
+
+
+def _sizes_of_one(ranks: int) -> Sequence[list[tuple[int, int]]]:
+    """Slots and ranks, of B and of A (q|k|v's), of one adapter of so many ranks."""
+    b, a, none = (1, ranks), (1, 3 * ranks), (0, 0)
+    return [b, none], [none, a], [b, a]
 
 
 def _tiles(rows: int) -> int:
@@ -271,7 +284,7 @@ def _launch(
 ) -> None:
     assert like.dtype == torch.bfloat16
     tiles = _tiles(rows)
-    name = f"{kernel}_{tiles}" + ("_one" if room.one else "")
+    name = f"{kernel}_{tiles}" + (f"_{room.one}" if room.one else "")
     function = cuda_source.load_kernel(
         SOURCE, name, like.device, shared_percent=cuda_source.STEP_SHARED
     )

@@ -272,9 +272,10 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
 
 // A x of a block's rows and columns, for the product that follows: x is operand A of mma, 8 ranks of A operand B. Warps
 // add up in shared memory.
-template <int TILES, bool ONE> struct Shrink {
+template <int TILES, int PIECES> struct Shrink {
   // Pieces between two barriers, pieces held in registers.
-  static constexpr int WARPS = 4, GROUPS = ONE ? 3 : TILES == 1 ? 8 : 6, BATCH = 3;
+  static constexpr int WARPS = 4, GROUPS = PIECES ? 3 * PIECES : TILES == 1 ? 8 : 6, BATCH = 3;
+  static constexpr bool ONE = PIECES != 0, FEW = ONE && GROUPS <= WARPS;
   struct Sums { float of[GROUPS][WARPS][ROWS * 16]; };
   const Shrinking& adapters;
   const int mine;  // slot of this lane's row
@@ -294,7 +295,7 @@ template <int TILES, bool ONE> struct Shrink {
     __shared__ Sums sums;
     of_warp = sums.of[0][at.warp] + (at.lane >> 2) * 16 + (at.lane & 3) * 2;
     of_all = sums.of[at.warp][0] + at.lane * 4;
-    to = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + (ONE ? adapters.ranks.find(16 * at.warp) : 0) + (at.lane & 3) * 4);
+    to = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + (FEW ? adapters.ranks.find(16 * at.warp) : 0) + (at.lane & 3) * 4);
   }
   // A of the first turn.
   __device__ __forceinline__ void begin() {
@@ -370,7 +371,7 @@ template <int TILES, bool ONE> struct Shrink {
         const float4 own = *reinterpret_cast<const float4*>(of_all + (g * WARPS + w) * ROWS * 16);
         sum.x += own.x; sum.y += own.y; sum.z += own.z; sum.w += own.w;
       }
-      const int rank = ONE ? 0 : adapters.ranks.find(turn.first + 16 * (g + warp));  // else `to` has it
+      const int rank = FEW ? 0 : adapters.ranks.find(turn.first + 16 * (g + warp));  // else `to` has it
       add_four(to + (turn.slot - 1) * adapters.held + rank, sum);
     }
   }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def try_products(like: torch.Tensor) -> None:
 def try_step(like: torch.Tensor) -> None:
     """What comes between the products of a fused step, attention apart."""
     make, width = _Inputs(like), 192
-    for rows, one in ((3, True), (3, False), (20, False)):  # each has kernels of its own
+    for rows, one in product((3, 20), (0, *decode_step.RANKS_OF_ONE)):  # each has its own kernels
         x = like.new_zeros(tiled_shape(width, rows_padded(rows)), dtype=HALF)
         shrinking = make.shrinking(rows, width, 3, one=one)
         residual, squares = make.normal(rows, width), make.ones(rows)
@@ -117,30 +118,30 @@ class _Inputs:
     def ones(self, rows: int) -> torch.Tensor:
         return self._like.new_ones(rows, dtype=torch.float32)
 
-    def slots(self, rows: int, one: bool) -> torch.Tensor:
-        """No adapter, and each of two; or no adapter and one."""
+    def slots(self, rows: int, one: int) -> torch.Tensor:
+        """No adapter, and each of two; or no adapter and one, of so many ranks."""
         own = [2 * (row % 2) if one else row % 3 for row in range(rows)]
         return self._like.new_tensor(own, dtype=torch.int32)
 
-    def ranks(self, one: bool) -> tuple[int, int | None]:
-        """That are held, and that rows have: one adapter half of them."""
-        return (2 * _RANK, _RANK) if one else (_RANK, None)
+    def ranks(self, one: int) -> tuple[int, int | None]:
+        """That are held, and that rows have: one adapter some of them."""
+        return (one + _RANK, one) if one else (_RANK, None)
 
     def matrices(self, ranks: int, heights: Sequence[int], columns: int) -> LoraMatrices:
         a = self.normal(len(heights) * ranks, columns) / columns**0.5
         return LoraMatrices(a, self.normal(sum(heights), ranks), ranks, 1.0)
 
-    def shrinking(self, rows: int, columns: int, parts: int = 1, *, one: bool = False) -> Shrinking:
+    def shrinking(self, rows: int, columns: int, parts: int = 1, *, one: int = 0) -> Shrinking:
         held, ranks = self.ranks(one)
         a = self.normal(2, parts * held, columns) / columns**0.5
         shrunk = self._like.new_zeros(rows, 2 * parts * held, dtype=torch.float32)
-        return Shrinking(a, self.slots(rows, one), shrunk, one, parts, ranks)
+        return Shrinking(a, self.slots(rows, one), shrunk, one > 0, parts, ranks)
 
-    def expanding(self, rows: int, heights: Sequence[int], *, one: bool = False) -> Expanding:
+    def expanding(self, rows: int, heights: Sequence[int], *, one: int = 0) -> Expanding:
         held, ranks = self.ranks(one)
         shrunk = self.normal(rows, 2 * len(heights) * held).float()
         b = self.normal(2, sum(heights), held)
-        return Expanding(shrunk, b, self.slots(rows, one), self.ones(rows), one, ranks)
+        return Expanding(shrunk, b, self.slots(rows, one), self.ones(rows), one > 0, ranks)
 
 
 def _try(
