@@ -72,10 +72,13 @@ class Tokenizer(Protocol):
         """Every control token by name."""
         ...
 
-    def encode(self, text: str, *, first: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(
+        self, text: str, *, after: str | None = None, before: str | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of plain text, and for each the (start, end) characters it covers.
 
-        first: nothing is before it; some vocabularies put a space in front of such a text alone.
+        after, before: the control tokens beside it, some of which take blanks of the text. After
+        none it is the start of a text, before which some vocabularies put a space.
         """
         ...
 

@@ -32,7 +32,9 @@ class ByteTokenizer:
     adds_bos = False
     control_tokens = {"<|im_start|>": 256, "<|im_end|>": 257}  # noqa: RUF012  never changed
 
-    def encode(self, text: str, *, first: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(
+        self, text: str, *, after: str | None = None, before: str | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """One id a byte; each byte covers the character that it belongs to."""
         pairs = [
             (byte, (index, index + 1))

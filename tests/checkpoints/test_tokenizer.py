@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from qlorachat.checkpoints import read_tokenizer
 from qlorachat.checkpoints.fast_tokenizer import FastTokenizer
 from qlorachat.errors import DialogError, ModelError
-from qlorachat.messages import parse_messages
-from qlorachat.protocols import Tokenizer
+from qlorachat.messages import Message, parse_messages
+from qlorachat.protocols import Segment, Tokenizer
 from qlorachat.templates import ChatML, Elyza, Llama2, build_prompt
 from tests.tiny import byte_tokenizer
 
@@ -301,6 +302,67 @@ def test_a_space_is_put_before_a_text_where_transformers_puts_one(
     assert ours.encode("Hi")[0] == theirs.encode("Hi", add_special_tokens=False)
 
 
+END, NEWLINE = Segment("<|end|>", control=True), Segment("\n")
+
+
+class Phi:
+    """PHI's rendering, in segments."""
+
+    name, summary = "phi", "of a test"
+    reserved: Sequence[str] = ()
+    models: Sequence[str] = ()
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[Segment]:
+        assert add_generation_prompt
+        turns = [
+            (Segment(f"<|{each.role}|>", control=True), Segment(f"\n{each.content}"), END, NEWLINE)
+            for each in messages
+        ]
+        return [*chain(*turns), Segment("<|assistant|>", control=True), NEWLINE]
+
+
+PHI = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{{ '<|assistant|>\n' }}"
+)
+CONTENTS = ["a", "", " \n", "\u3000 a  b\t\n", "\x1ca\x1c", "\u200b a\xa0", "  ", "\x85日本 \n\n"]
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize(("left", "right"), [(False, True), (True, False), (True, True)])
+def test_blanks_belong_to_the_tokens_that_take_them(
+    left: bool, right: bool, metaspace: bool, llama2_folder: Path
+) -> None:
+    """As `<|user|>` and its like take them in Phi-3's vocabulary, behind them."""
+    backend = AutoTokenizer.from_pretrained(llama2_folder).backend_tokenizer
+    if metaspace:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    names = ("<|user|>", "<|assistant|>", "<|end|>")
+    backend.add_special_tokens(
+        [AddedToken(name, lstrip=left, rstrip=right, normalized=False) for name in names]
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=PHI)
+    ours = FastTokenizer(Backend.from_str(backend.to_str()), bos_token="<s>", eos_token="</s>")
+    for contents in product(CONTENTS, repeat=2):
+        turns = [*zip(("user", "assistant"), contents, strict=True), ("user", contents[0])]
+        dialog = [{"role": role, "content": content} for role, content in turns]
+        prompt = build_prompt(Phi(), parse_messages(dialog), ours)
+        assert list(prompt.ids) == theirs.apply_chat_template(dialog, return_dict=False), contents
+
+
+def test_blanks_that_a_token_takes_are_no_token_s() -> None:
+    backend = byte_tokenizer()
+    backend.add_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("<|end|>", lstrip=True)])
+    tokenizer = FastTokenizer(backend, bos_token=None, eos_token="<|im_end|>")
+    spans = [(2, 3), (3, 4), (4, 5)]
+    assert tokenizer.encode("\n a b  ", after="<|user|>", before="<|end|>")[1] == spans
+    assert len(tokenizer.encode("\n a b  ", after="<|end|>", before="<|user|>")[0]) == 7
+    assert tokenizer.encode(" \n", after="<|user|>") == ([], [])
+
+
 def test_llama2_s_rounds_begin_as_texts_of_their_own(llama2_folder: Path) -> None:
     backend = AutoTokenizer.from_pretrained(llama2_folder).backend_tokenizer
     backend.normalizer = None
@@ -311,7 +373,7 @@ def test_llama2_s_rounds_begin_as_texts_of_their_own(llama2_folder: Path) -> Non
         (bos, *ids) = build_prompt(template, dialog, tokenizer).ids
         assert bos == tokenizer.control_tokens["<s>"]
         assert ids[0] == tokenizer.encode("[INST]")[0][0]
-        assert ids[0] != tokenizer.encode("[INST]", first=False)[0][0]
+        assert ids[0] != tokenizer.encode("[INST]", after="<s>")[0][0]
 
 
 def test_half_a_character_is_refused(smollm2: Tokenizer) -> None:

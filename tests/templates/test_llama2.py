@@ -172,9 +172,9 @@ def test_a_tokenizer_that_merges_inner_spaces_wrongly_is_refused(llama2: Tokeniz
         decode = staticmethod(llama2.decode)
 
         def encode(
-            self, text: str, *, first: bool = True
+            self, text: str, *, after: str | None = None, before: str | None = None
         ) -> tuple[list[int], list[tuple[int, int]]]:
-            return llama2.encode(text.replace("  ", " "), first=first)
+            return llama2.encode(text.replace("  ", " "), after=after, before=before)
 
     with pytest.raises(DialogError, match="doesn't fit this tokenizer"):
         check_llama2_tokenizer(Merging())

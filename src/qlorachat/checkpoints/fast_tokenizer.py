@@ -15,6 +15,10 @@ from qlorachat.errors import DialogError
 
 # an added token such as `<|user|>` or `[INST]`, which files often don't mark as special
 _TAG = re.compile(r"<.+>|\[.+\]")
+# what Unicode and `tokenizers` call white space; str.isspace also has the separators
+_BLANKS = "".join(
+    each for each in map(chr, range(0x3001)) if each.isspace() and each not in "\x1c\x1d\x1e\x1f"
+)
 
 
 class FastTokenizer:
@@ -41,6 +45,9 @@ class FastTokenizer:
             for i, token in sorted(added.items())
             if i in self._hidden or _TAG.fullmatch(token.content)
         }
+        tokens = {name: added[i] for name, i in self._control.items()}
+        self._takes_before = {name for name, token in tokens.items() if token.lstrip}
+        self._takes_behind = {name for name, token in tokens.items() if token.rstrip}
         self._backend = _as_plain(backend, list(self._control))
         self._further = _without_prefix(self._backend)
         unknown = self._backend.encode("\U0010ffff", add_special_tokens=False).ids
@@ -72,16 +79,21 @@ class FastTokenizer:
         """Every control token by name; read only."""
         return MappingProxyType(self._control)
 
-    def encode(self, text: str, *, first: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(
+        self, text: str, *, after: str | None = None, before: str | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of plain text, and the (start, end) characters each covers; nothing is added.
 
-        first: some vocabularies put a space before a text with which the prompt begins.
+        after, before: the control tokens beside it, to which blanks of the text may belong. After
+        none it is the start of a text, before which some vocabularies put a space.
         The bytes of one character that fell to several tokens all cover that character. Raises
         DialogError where the vocabulary has no plain spelling of a control token's name.
         """
+        inner = text.rstrip(_BLANKS) if before in self._takes_before else text
+        skipped = len(inner) - len(inner.lstrip(_BLANKS)) if after in self._takes_behind else 0
+        backend = self._backend if after is None else self._further
         try:
-            backend = self._backend if first else self._further
-            encoding = backend.encode(text, add_special_tokens=False)
+            encoding = backend.encode(inner[skipped:], add_special_tokens=False)
         except TypeError as error:  # half of a UTF-16 pair, which JSON can carry
             raise DialogError("The text holds a character that is no Unicode.") from error
         if found := self._forbidden.keys() & set(encoding.ids):
@@ -89,7 +101,7 @@ class FastTokenizer:
                 f"This model's tokenizer reads `{self._forbidden[min(found)]}` in a message as a "
                 "control token: take it out of the text."
             )
-        return encoding.ids, encoding.offsets
+        return encoding.ids, [(skipped + start, skipped + end) for start, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a whole answer: special tokens left out, nothing cleaned up."""

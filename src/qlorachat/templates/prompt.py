@@ -47,10 +47,11 @@ def build_prompt(
 ) -> Prompt:
     """The dialog in the template's format, for this tokenizer.
 
-    Neighbouring pieces of plain text are encoded as one, as the first text of the prompt or one
-    behind a control token. A token is trained when all the text it covers is. Raises DialogError
-    for contents that hold the format's plain-text tags (unless `tags` is "allow"), for a dialog
-    that the format has no place for, and for a template that does not fit the tokenizer.
+    Neighbouring pieces of plain text are encoded as one, between the control tokens beside it;
+    where the first piece says so, as the start of a text. A token is trained when all the text it
+    covers is. Raises DialogError for contents that hold the format's plain-text tags (unless
+    `tags` is "allow"), for a dialog that the format has no place for, and for a template that does
+    not fit the tokenizer.
     """
     _check_contents(messages, () if tags == "allow" else template.reserved, template.name)
     if isinstance(template, ChecksTokenizer):
@@ -58,12 +59,14 @@ def build_prompt(
     segments = template.render(messages, add_generation_prompt=add_generation_prompt)
     _check_controls(segments, tokenizer, template.name)
     tokens: list[_Token] = []
-    for control, run in groupby(segments, key=lambda segment: segment.control):
-        pieces = list(run)
-        if control:
-            tokens += _encode_controls(pieces, tokenizer)
+    runs = [list(run) for _, run in groupby(segments, key=lambda segment: segment.control)]
+    for i, run in enumerate(runs):
+        if run[0].control:
+            tokens += _encode_controls(run, tokenizer)
         else:
-            tokens += _encode_text(pieces, tokenizer, first=not tokens or pieces[0].first)
+            after = runs[i - 1][-1].text if i and not run[0].first else None
+            before = runs[i + 1][0].text if i + 1 < len(runs) else None
+            tokens += _encode_text(run, tokenizer, after, before)
     return Prompt(
         text="".join(segment.text for segment in segments),
         ids=tuple(token_id for token_id, _ in tokens),
@@ -101,8 +104,11 @@ def _encode_controls(run: Sequence[Segment], tokenizer: Tokenizer) -> list[_Toke
     return [(tokenizer.control_tokens[segment.text], segment.trained) for segment in run]
 
 
-def _encode_text(run: Sequence[Segment], tokenizer: Tokenizer, *, first: bool) -> list[_Token]:
-    ids, spans = tokenizer.encode("".join(segment.text for segment in run), first=first)
+def _encode_text(
+    run: Sequence[Segment], tokenizer: Tokenizer, after: str | None, before: str | None
+) -> list[_Token]:
+    text = "".join(segment.text for segment in run)
+    ids, spans = tokenizer.encode(text, after=after, before=before)
     # one byte a character, 1 where it is trained
     marks = b"".join(bytes([segment.trained]) * len(segment.text) for segment in run)
     return [
