@@ -177,24 +177,25 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
 // One block fits beside a product of up to 32 rows.
 #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
 
-#define RESIDUAL(NAME, TILES, PIECES)                                                                                     \
+#define RESIDUAL(NAME, TILES, PIECES)                                                                                  \
   KERNEL begin_residual_##NAME(const long long* ids, const u16* embedding, const u16* weight, u16* x, u16* residual,   \
                                float* squares, const u16* lora_a, const int* lora_slots, float* shrunk, int stride,    \
                                int held, int ranks, int own_ranks, int gap, int a_room, int rows, int width,           \
                                int padded) {                                                                           \
-    begin_residual<TILES, PIECES>(ids, embedding, {residual, weight, x, squares, rows, width, padded},                    \
-                               {lora_a, lora_slots, shrunk, stride, held, {ranks, own_ranks, gap}}, a_room);           \
+    begin_residual<TILES, PIECES>(ids, embedding, {residual, weight, x, squares, rows, width, padded},                 \
+                                  {lora_a, lora_slots, shrunk, stride, held, {ranks, own_ranks, gap}}, a_room);        \
   }                                                                                                                    \
   KERNEL add_to_residual_##NAME(                                                                                       \
       float* sums, u16* residual, const u16* weight, u16* x, float* squares, const float* lora_shrunk,                 \
       const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride, int held, int ranks, int b_room, \
       const u16* lora_a, const int* next_lora_slots, float* shrunk, int next_stride, int next_held, int next_ranks,    \
       int own_ranks, int gap, int a_room, int rows, int width, int padded) {                                           \
-    add_to_residual<TILES, PIECES>(sums, {residual, weight, x, squares, rows, width, padded},                             \
-                                {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, b_room,           \
-                                {lora_a, next_lora_slots, shrunk, next_stride, next_held, {next_ranks, own_ranks, gap}},\
-                                a_room);                                                                               \
+    add_to_residual<TILES, PIECES>(                                                                                    \
+        sums, {residual, weight, x, squares, rows, width, padded},                                                     \
+        {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, b_room,                                   \
+        {lora_a, next_lora_slots, shrunk, next_stride, next_held, {next_ranks, own_ranks, gap}}, a_room);              \
   }
+// For any adapters, and for rows' only one, of so many ranks.
 RESIDUAL(1, 1, 0)
 RESIDUAL(1_16, 1, 1)
 RESIDUAL(1_32, 1, 2)
@@ -206,13 +207,14 @@ RESIDUAL(2_64, 2, 4)
 
 // Up to 8 rows of a 7B or 13B model's gate|up are no more blocks of 7 warps than a card like the H100 has processors,
 // and with 96 registers these fit beside a product: then all start while it runs.
-#define SWIGLU(NAME, TILES, PIECES, WARPS, REGISTERS)                                                                     \
+#define SWIGLU(NAME, TILES, PIECES, WARPS, REGISTERS)                                                                  \
   extern "C" __global__ void __maxnreg__(REGISTERS)                                                                    \
   silu_mul_##NAME(float* sums, const float* squares, u16* x, const float* lora_shrunk, const u16* lora_b,              \
                   const int* lora_slots, const float* lora_scales, int stride, int held, int ranks, int b_room,        \
                   int width, float share, float eps, int rows, int padded) {                                           \
-    silu_mul<TILES, WARPS, PIECES>(sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, \
-                                b_room, width, share, eps, rows, padded);                                              \
+    silu_mul<TILES, WARPS, PIECES>(                                                                                    \
+        sums, squares, x, {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, b_room, width, share,   \
+        eps, rows, padded);                                                                                            \
   }
 SWIGLU(1, 1, 0, 7, 96)
 SWIGLU(1_16, 1, 1, 7, 96)

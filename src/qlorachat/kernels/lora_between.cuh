@@ -271,11 +271,11 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
 };
 
 // A x of a block's rows and columns, for the product that follows: x is operand A of mma, 8 ranks of A operand B. Warps
-// add up in shared memory.
+// add up in shared memory. PIECES: of the rows' only adapter, in each of q|k|v; 0: of any adapters.
 template <int TILES, int PIECES> struct Shrink {
   // Pieces between two barriers, pieces held in registers.
   static constexpr int WARPS = 4, GROUPS = PIECES ? 3 * PIECES : TILES == 1 ? 8 : 6, BATCH = 3;
-  static constexpr bool ONE = PIECES != 0, FEW = ONE && GROUPS <= WARPS;
+  static constexpr bool ONE = PIECES != 0, FEW = ONE && GROUPS <= WARPS;  // a warp adds up one piece at most
   struct Sums { float of[GROUPS][WARPS][ROWS * 16]; };
   const Shrinking& adapters;
   const int mine;  // slot of this lane's row
