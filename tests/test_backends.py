@@ -1,8 +1,10 @@
 """Both backends on the real demo model keep the same promises: answers, adapters, ends, deaths."""
 
 import asyncio
+import gc
 import json
 import re
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -255,6 +257,28 @@ def test_closing_the_engine_ends_every_stream(backend: BackendChoice) -> None:
             list(ended)
     with pytest.raises(EngineError, match="closed"):
         engine.chat("hi")
+
+
+def test_an_engine_is_closed_when_nothing_refers_to_it(
+    backend: BackendChoice, tmp_path: Path
+) -> None:
+    model = write_folder(tmp_path, layers=1)
+    engine = ChatEngine(model, backend=backend, device="cpu", template="chatml")
+    stream = engine.stream("Count.", max_tokens=200)
+    next(stream)
+    inner = engine._backend
+    assert isinstance(inner, PagedBackend | TransformersBackend)
+    thread, seen = inner._thread, weakref.ref(inner)
+    del engine, inner
+    gc.collect()
+    assert thread.is_alive()  # for the stream's sake
+    del stream
+    end = monotonic() + 20
+    while seen() is not None and monotonic() < end:
+        gc.collect()
+        sleep(0.01)
+    assert seen() is None
+    assert not thread.is_alive()
 
 
 def test_finish_reasons_are_the_real_causes(engine: ChatEngine) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,7 @@ from qlorachat.options import (
 )
 from qlorachat.overflow import drop_oldest_turns, fit_context
 from qlorachat.plugins import PluginHost, create_manager
-from qlorachat.protocols import ModelInfo, Template
+from qlorachat.protocols import Backend, ModelInfo, Template
 from qlorachat.streams import AsyncChatStream, ChatStream, CompareStream, Sink
 from qlorachat.templates import Prompt, TemplateChoice, build_prompt, check_template_name
 from qlorachat.tokens import SamplingParams, TokenEvent, TokenRequest
@@ -50,6 +51,8 @@ Dialog = str | Prompt | Iterable[Message | Mapping[str, object]]
 
 class ChatEngine:
     """One base model and its adapters, for any number of threads and async callers.
+
+    Closed once nothing refers to it or to a stream of it any more.
 
     >>> with ChatEngine("smollm2") as engine:  # doctest: +SKIP
     ...     print(engine.chat("What is the capital of France?").text)
@@ -90,6 +93,8 @@ class ChatEngine:
         except BaseException:
             self._backend.close()
             raise
+        self._when_dropped = weakref.finalize(self, _close_apart, self._backend)
+        self._when_dropped.atexit = False
 
     def chat(self, messages: Dialog, **options: Unpack[ChatOptions]) -> Reply:
         """The whole answer to a dialog, a question or a rendered prompt."""
@@ -196,6 +201,7 @@ class ChatEngine:
 
     def close(self) -> None:
         """End every request and free the memory; twice is fine."""
+        self._when_dropped.detach()
         self._backend.close()
 
     def __enter__(self) -> Self:
@@ -359,6 +365,11 @@ class ChatEngine:
         are gone, and requests for other adapters never."""
         with self._lock:
             return self._content_locks.setdefault(adapter.sha256, threading.Lock())
+
+
+def _close_apart(backend: Backend) -> None:
+    """Whichever thread this is, it may be the backend's own, or hold its lock."""
+    threading.Thread(target=backend.close, name="qlorachat-close", daemon=True).start()
 
 
 def _parse(messages: Dialog) -> Prompt | tuple[Message, ...]:
