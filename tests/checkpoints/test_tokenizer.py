@@ -167,13 +167,15 @@ def test_added_tokens_follow_a_sentencepiece_vocabulary(
     tmp_path: Path, llama2_folder: Path
 ) -> None:
     original(llama2_folder, tmp_path)
-    added = {"content": "<|im_end|>", "special": True, "normalized": False}
+    added = {"content": "<|im_end|>", "special": True, "normalized": False, "rstrip": True}
     config = {"added_tokens_decoder": {"32000": added}, "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = read_tokenizer(tmp_path)
     assert tokenizer.control_tokens["<|im_end|>"] == 32000
     assert tokenizer.eos_token == "<|im_end|>"
     assert 32000 not in tokenizer.encode("a<|im_end|>")[0]
+    assert tokenizer.encode("\n", after="<|im_end|>") == ([], [])
+    assert tokenizer.encode("\n", before="<|im_end|>")[0]
 
 
 def test_added_tokens_with_other_ids_are_refused(tmp_path: Path, llama2_folder: Path) -> None:
