@@ -43,7 +43,7 @@ SLOTS = 4
 ADAPTERS = (
     *((False, *ranks, 0) for ranks in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True)),
     # kernels of their own
-    *((True, *ranks, 0) for ranks in ((16, None), (None, 48), (32, 96), (64, 192))),
+    *((True, *ranks, 0) for ranks in ((16, None), (None, 48), (16, 48), (32, 96), (64, 192))),
     *((True, 16, 48, 48), (False, 16, 48, 48), (False, 64, 192, 16)),
 )
 SPLITS = (None, 1, 2, 4, 8)

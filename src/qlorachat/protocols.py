@@ -23,8 +23,8 @@ class Segment:
 
     `control` pieces are one control token by its name (`<s>`, `<|im_end|>`); all others are plain
     text, in which a control token's name means nothing. `trained` pieces are what a model learns
-    to say: the answers and the token that ends them. Text behind a control
-    token that begins with a `first` piece is encoded as the start of a text.
+    to say: the answers and the token that ends them. Text behind a control token that begins with
+    a `first` piece is encoded as the start of a text.
     """
 
     text: str

@@ -15,9 +15,9 @@ from qlorachat.errors import DialogError
 
 # an added token such as `<|user|>` or `[INST]`, which files often don't mark as special
 _TAG = re.compile(r"<.+>|\[.+\]")
-# what Unicode and `tokenizers` call white space; str.isspace also has the separators
-_BLANKS = "".join(
-    each for each in map(chr, range(0x3001)) if each.isspace() and each not in "\x1c\x1d\x1e\x1f"
+# what Unicode and `tokenizers` call white space; str.strip would take \x1c to \x1f, too
+_BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
 )
 
 
@@ -101,7 +101,10 @@ class FastTokenizer:
                 f"This model's tokenizer reads `{self._forbidden[min(found)]}` in a message as a "
                 "control token: take it out of the text."
             )
-        return encoding.ids, [(skipped + start, skipped + end) for start, end in encoding.offsets]
+        spans = encoding.offsets
+        if skipped:
+            spans = [(skipped + start, skipped + end) for start, end in spans]
+        return encoding.ids, spans
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a whole answer: special tokens left out, nothing cleaned up."""

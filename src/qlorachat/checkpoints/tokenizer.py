@@ -124,8 +124,8 @@ def _with_added_tokens(folder: Path, backend: Backend) -> Backend:
     tokens = {i: AddedToken(text) for text, i in named.items()}
     config = read_json(folder / "tokenizer_config.json")
     for i, entry in added_tokens_decoder(folder, config).items():
-        named_flags = ("special", "normalized", "lstrip", "rstrip")
-        flags = {flag: bool(entry.get(flag)) for flag in named_flags}
+        names = ("special", "normalized", "lstrip", "rstrip")
+        flags = {flag: bool(entry.get(flag)) for flag in names}
         tokens[i] = AddedToken(entry["content"], **flags)
     for i, token in sorted(tokens.items()):
         backend.add_tokens([token])
