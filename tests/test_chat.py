@@ -498,7 +498,7 @@ class SlowBackend(FakeBackend):
     def load_adapter(self, adapter: Any) -> None:
         super().load_adapter(adapter)
         self.loading.set()
-        assert self.go.wait(5)
+        assert self.go.wait(30)
 
 
 def test_weights_that_are_loaded_again_meanwhile_stay(make_adapter: Callable[..., Path]) -> None:
@@ -508,13 +508,13 @@ def test_weights_that_are_loaded_again_meanwhile_stay(make_adapter: Callable[...
         backend.go.clear()
         backend.loading.clear()
         loads = pool.submit(engine.load_adapter, "two", folder)
-        assert backend.loading.wait(5)
+        assert backend.loading.wait(30)
         unloads = pool.submit(engine.unload_adapter, "one")
         _until(lambda: "one" not in engine.adapters)
         sleep(0.05)
         backend.go.set()
-        loads.result(5)
-        unloads.result(5)
+        loads.result(30)
+        unloads.result(30)
         assert backend.loaded == {engine.adapters["two"].adapter.sha256}
 
 
@@ -545,7 +545,7 @@ def test_adapter_names_are_safe_everywhere(name: str) -> None:
         fake_engine(adapters={name: "somewhere"})
 
 
-def _until(condition: Any, seconds: float = 5.0) -> None:
+def _until(condition: Any, seconds: float = 30.0) -> None:
     end = monotonic() + seconds
     while not condition():
         assert monotonic() < end, "the condition never came true"

@@ -102,11 +102,11 @@ def raw_post() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[[Callable[[], bool]], None]:
-    """`eventually(condition)` waits for it, and fails after 5 s."""
+    """`eventually(condition)` waits for it, and fails after 30 s."""
 
     def wait(condition: Callable[[], bool]) -> None:
         pause = threading.Event()
-        for _ in range(500):
+        for _ in range(3000):
             if condition():
                 return
             pause.wait(0.01)

@@ -72,39 +72,41 @@ def test_trickling_bytes_win_no_time(hasty: str, connect: Connect, start: bytes)
     assert sent < 20
 
 
-def test_an_idle_connection_is_closed_after_its_answer(hasty: str, connect: Connect) -> None:
-    connection = connect(hasty)
+def test_an_idle_connection_is_closed_after_its_answer(serve: Serve, connect: Connect) -> None:
+    connection = connect(serve(None, head_seconds=2))
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert received(connection).startswith(b"HTTP/1.1 200")
 
 
-def test_a_kept_connection_serves_on(hasty: str, connect: Connect) -> None:
-    connection = connect(hasty)
+def test_a_kept_connection_serves_on(serve: Serve, connect: Connect) -> None:
+    connection = connect(serve(None, head_seconds=3))
     pause = threading.Event()
-    for _ in range(4):  # longer than one deadline together
+    for _ in range(5):  # longer than one deadline together
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        answer = connection.recv(65536)
+        answer = b""
         while not answer.endswith(b"}"):
-            answer += connection.recv(65536)
+            part = connection.recv(65536)
+            assert part, "the connection was closed"
+            answer += part
         assert answer.startswith(b"HTTP/1.1 200")
-        pause.wait(0.15)
+        pause.wait(0.8)
 
 
 def test_a_long_answer_is_not_cut_off(
     serve: Serve, http: httpx.Client, body: dict[str, Any]
 ) -> None:
-    backend = FakeBackend(lambda request, prompt: "slow", delay=0.2)
-    address = serve(backend, head_seconds=0.2, body_seconds=0.2, stall_seconds=0.2)
+    backend = FakeBackend(lambda request, prompt: "slow", delay=0.6)
+    address = serve(backend, head_seconds=1.5, body_seconds=1.5, stall_seconds=1.5)
     for stream in (False, True):
         response = http.post(address + "/v1/chat/completions", json=body | {"stream": stream})
         assert response.text.endswith("[DONE]\n\n" if stream else "}")
 
 
 def test_200_slow_peers_keep_nobody_out(serve: Serve, connect: Connect, http: httpx.Client) -> None:
-    address = serve(None, head_seconds=2, body_seconds=2)
+    address = serve(None, head_seconds=600, body_seconds=600)
     for i in range(200):
         connect(address).sendall(HEAD + (b"Content-Length: 9\r\n\r\n{" if i % 2 else b"X: "))
-    assert http.get(address + "/health", timeout=1).status_code == 200
+    assert http.get(address + "/health").status_code == 200
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def test_a_reader_that_stops_reading_is_cut_off(
     body: dict[str, Any],
 ) -> None:
     backend = FakeBackend(lambda request, prompt: "x" * 500_000, delay=1e-6, context_length=2**20)
-    address = serve(backend, stall_seconds=0.3)
+    address = serve(backend, stall_seconds=1)
     parts = httpx.URL(address)
     narrow.connect((parts.host, parts.port))
     narrow.sendall(raw_post(body | {"stream": True, "max_tokens": 2**19}))
@@ -139,7 +141,7 @@ def test_a_slow_reader_is_not_cut_off(
     serve: Serve, narrow: socket.socket, raw_post: RawPost, body: dict[str, Any]
 ) -> None:
     backend = FakeBackend(lambda request, prompt: "x" * 2500, delay=1e-6, context_length=2**14)
-    address = httpx.URL(serve(backend, stall_seconds=0.4))
+    address = httpx.URL(serve(backend, stall_seconds=2))
     narrow.connect((address.host, address.port))
     narrow.sendall(raw_post(body | {"stream": True, "max_tokens": 3000}))
     pause = threading.Event()
@@ -148,7 +150,7 @@ def test_a_slow_reader_is_not_cut_off(
         parts.append(part)
         if b"[DONE]" in part:
             break
-        pause.wait(0.02)
+        pause.wait(0.03)
     assert b"".join(parts).count(b"chat.completion.chunk") == 2502
 
 
