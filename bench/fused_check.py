@@ -39,7 +39,7 @@ ROWS = (1, 2, 3, 8, 9, 16, 20, 32, 47, 64)
 RANKS = (None, 16, 48, 64, 192, 512)
 SLOTS = 4
 # whether rows have one alone, ranks of what is added and of the next product's three parts, and how
-# many more each of these holds
+# many more slots hold
 ADAPTERS = (
     *((False, *ranks, 0) for ranks in zip(RANKS, (*RANKS[1:], RANKS[0]), strict=True)),
     # kernels of their own
@@ -80,26 +80,24 @@ def shrinking(
     """A is NaN where nothing may look."""
     if rank is None:
         return None
-    parts = 3 if more else 1
-    a, slots = stacked(rows, one, parts, rank // parts + more, columns)
-    a[:, :, rank // parts :] = NAN
-    shrunk = torch.randn(rows, a[..., 0].numel(), device="cuda")
-    return Shrinking(a.flatten(1, 2), slots, shrunk, one, parts, rank // parts if more else None)
+    a, slots = stacked(rows, one, rank + more, columns)
+    a[:, rank:] = NAN
+    shrunk = torch.randn(rows, a.shape[1], device="cuda")
+    return Shrinking(a, slots, shrunk, one, rank if more else None)
 
 
 def expanding(
     rows: int, width: int, parts: int, rank: int | None, one: bool = False, more: int = 0
 ) -> Expanding | None:
-    """A x and B are NaN where nothing may look, A x but for each row's own slot."""
+    """A x and B are NaN where nothing may look."""
     if rank is None:
         return None
     b, slots = stacked(rows, one, parts * width, rank + more)
-    shrunk = torch.randn(rows, SLOTS, parts, rank + more, device="cuda")
-    shrunk[slots[:, None] != torch.arange(1, SLOTS + 1, device="cuda")] = NAN
-    for each in (b, shrunk):
-        each[..., rank:] = NAN
+    shrunk = torch.randn(rows, parts * (rank + more), device="cuda")
+    shrunk[slots == 0] = NAN
+    b[..., rank:], shrunk[..., parts * rank :] = NAN, NAN
     scales, ranks = 2 * torch.rand(rows, device="cuda"), rank if more else None
-    return Expanding(shrunk.flatten(1), b, slots, scales, one, ranks)
+    return Expanding(shrunk, b, slots, scales, one, ranks)
 
 
 def tiled(rows: int, columns: int) -> torch.Tensor:
@@ -147,16 +145,19 @@ def product_cases() -> Iterator[Case]:
     for columns in (576, 4096):
         matrix = random_matrix((1024, 272), columns, torch.Generator("cuda").manual_seed(columns))
         weight = replace(matrix, code=matrix.code.bfloat16().float())
-        for rows, rank in itertools.product((1, 8, 9, 20, 64), RANKS):
+        ranks = [(rank, more) for rank in RANKS for more in ((0, 48) if rank else (0,))]
+        for rows, (rank, more) in itertools.product((1, 8, 9, 20, 64), ranks):
             x = tile(half(rows, columns), rows_padded(rows))
             x[:, rows:] = NAN
             sums = torch.randn(rows, weight.rows, device="cuda")
-            beside: dict[str, Shrinking | Expanding | None] = {"A": shrinking(rows, columns, rank)}
+            beside: dict[str, Shrinking | Expanding | None] = {
+                "A": shrinking(rows, columns, rank, more=more)
+            }
             if rank:
-                beside["B"] = expanding(rows, weight.rows // 2, 2, rank)
+                beside["B"] = expanding(rows, weight.rows // 2, 2, rank, more=more)
             for what, lora in beside.items():
                 yield (
-                    f"nf4_matmul_tiled, {rows} rows of {columns}, {what} of rank {rank}",
+                    f"nf4_matmul_tiled, {rows} rows of {columns}, {what} of rank {rank} + {more}",
                     *(nf4_matmul_tiled, nf4_matmul_tiled_reference),
                     (x, weight, sums, lora),
                 )

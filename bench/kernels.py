@@ -183,23 +183,22 @@ def random_adapters(weight: nf4.Nf4Matrix, rows: int, slots: int) -> Expanding:
     """Of rank 16; with one slot all rows have it, with more some have none."""
     own = torch.arange(1, rows + 1, dtype=torch.int32, device="cuda") % (slots + 1)
     own = torch.ones_like(own) if slots == 1 else own
-    numbers = torch.arange(1, slots + 1, device="cuda")
-    shrunk = torch.randn(rows, slots, 16 * len(weight.heights), device="cuda")
-    shrunk[own[:, None] != numbers] = float("nan")  # not looked at
+    shrunk = torch.randn(rows, 16 * len(weight.heights), device="cuda")
+    shrunk[own == 0] = float("nan")  # not looked at
     b = torch.randn(slots, weight.rows, 16, device="cuda").bfloat16()
-    b[~torch.isin(numbers, own)] = float("nan")
-    return Expanding(shrunk.flatten(1), b, own, 2 * torch.rand(rows, device="cuda"))
+    b[~torch.isin(torch.arange(1, slots + 1, device="cuda"), own)] = float("nan")
+    return Expanding(shrunk, b, own, 2 * torch.rand(rows, device="cuda"))
 
 
 def expanded(expanding: Expanding, heights: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """scale * B (A x) and scale * |B| |A x| in float64."""
     shrunk, b, slots, scales = expanding[:4]
-    every = shrunk.double().view(len(slots), len(b), len(heights), -1)
+    every = shrunk.double().view(len(slots), len(heights), -1)
     added = torch.zeros(2, len(slots), b.shape[1], dtype=torch.float64, device="cuda")
     for row, slot in enumerate(slots.tolist()):
         if slot:
             own = b[slot - 1].double().split_with_sizes(heights)
-            pairs = zip(own, every[row, slot - 1], strict=True)
+            pairs = zip(own, every[row], strict=True)
             parts = [torch.stack((part @ x, part.abs() @ x.abs())) for part, x in pairs]
             added[:, row] = scales[row].double() * torch.cat(parts, 1)
     return added[0], added[1]

@@ -245,7 +245,7 @@ def check_segments(rows: int, rank: int) -> Check:
     def reference() -> Tensors:
         y = case.y.double()
         for start, stop, slot, scale in segments:
-            shrunk = (case.x[start:stop].double() @ case.a[slot - 1].double().T).view(-1, 3, rank)
+            shrunk = lora.by_parts(case.x[start:stop].double() @ case.a[slot - 1].double().T, 3)
             for part, (first, last) in enumerate(pairwise(columns)):
                 own = case.b[slot - 1, first:last].double()
                 y[start:stop, first:last] += scale * shrunk[:, part] @ own.T

@@ -4,15 +4,18 @@
 
 A quick look before and after a change to a kernel: eight layers of the Llama-2-7B shape with
 random NF4 weights, without adapter, with one of each rank, with one of rank 16 where there is room
-for 64, and with eight of rank 16. All are timed in turn, several times over, for a card drifts by a
-percent within a minute; medians are shown. Writes bench/results/layer.json, named further for
-another size and with keys and values in 8 bits.
+for 64, and with eight of rank 16. Each is captured several times, with its adapters and all that
+kernels hand on elsewhere in memory, which is worth a percent; all are timed in turn, several times
+over, for a card drifts by as much within a minute. Shown are medians, and of these the mean over
+places. Writes bench/results/layer.json, with every place's, named further for another size and with
+keys and values in 8 bits.
 """
 
 import argparse
 import json
-from collections.abc import Mapping
-from statistics import median
+from collections.abc import Mapping, Sequence
+from itertools import product
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -25,7 +28,10 @@ from qlorachat.model.lora import AdapterStacks, LoraRows
 from random_model import HEAD_DIM, SHAPES, build, opened
 
 LAYERS, BLOCK, MOST_ROWS = 8, 16, 64
-STEPS, REPLAYS, ROUNDS = 4, 12, 9  # in a graph, of it between two events, of all that is compared
+PLACES = 3  # in memory
+STEPS, REPLAYS, ROUNDS = 4, 12, 5  # in a graph, of it between two events, of all that is compared
+
+Graph = tuple[torch.cuda.CUDAGraph, Rows]  # and what it reads
 
 
 def main() -> None:
@@ -37,10 +43,10 @@ def main() -> None:
     parser.add_argument("--kv-cache", choices=["auto", "int8"], default="auto")
     arguments = parser.parse_args()
     trial = Trial(arguments.size, arguments.context, arguments.kv_cache)
-    taken: dict[str, dict[str, float]] = {}
+    taken: dict[str, dict[str, list[float]]] = {}
     for rows in arguments.rows:
         taken[f"{rows} rows"] = own = trial.run(rows, arguments.ranks)
-        print(f"{rows} rows:", ", ".join(f"{name} {value}" for name, value in own.items()))
+        print(f"{rows} rows:", ", ".join(f"{name} {fmean(of):.1f}" for name, of in own.items()))
     record = {"machine": machine(), "copy GB/s": round(copy_bandwidth())}
     record |= {name: getattr(arguments, name) for name in ("size", "ranks", "context", "kv_cache")}
     record["microseconds a layer"] = taken
@@ -81,19 +87,20 @@ class Trial:
         assert self.paged._fused is not None
         return self.paged._fused
 
-    def run(self, rows: int, ranks: list[int]) -> dict[str, float]:
-        """Microseconds a layer, by what is compared."""
-        kinds = {f"rank {rank}": (1, rank, rank) for rank in ranks}
+    def run(self, rows: int, ranks: list[int]) -> dict[str, list[float]]:
+        """Microseconds a layer in each place, by what is compared."""
+        kinds = {"base": (0, 0, 0)} | {f"rank {rank}": (1, rank, rank) for rank in ranks}
         kinds["rank 16 of 64"] = (1, 64, 16)
         if rows >= 8:
             kinds["eight of rank 16"] = (8, 16, 16)
-        graphs = {"base": self.capture(self.make_rows(rows, 0, 0))}
+        graphs: dict[str, list[Graph]] = {name: [] for name in kinds}
         kept = []  # what graphs have the addresses of
-        for name, (slots, room, rank) in kinds.items():
+        for (name, (slots, room, rank)), _ in product(kinds.items(), range(PLACES)):
             kept.append((self.fused._workspaces, [self.matrices(layer) for layer in range(LAYERS)]))
             self.fused._workspaces = {}
-            self.allocate(slots, room)
-            graphs[name] = self.capture(self.make_rows(rows, slots, rank))
+            if slots:
+                self.allocate(slots, room)
+            graphs[name].append(self.capture(self.make_rows(rows, slots, rank)))
         return measure(graphs)
 
     def matrices(self, layer: int) -> list[torch.Tensor]:
@@ -125,7 +132,7 @@ class Trial:
             lora=lora,
         )
 
-    def capture(self, rows: Rows) -> tuple[torch.cuda.CUDAGraph, Rows]:
+    def capture(self, rows: Rows) -> Graph:
         for _ in range(2):
             self.fused(rows, self.cache)
         torch.cuda.synchronize()
@@ -136,20 +143,29 @@ class Trial:
         return graph, rows
 
 
-def measure(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, Rows]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+def measure(graphs: Mapping[str, Sequence[Graph]]) -> dict[str, list[float]]:
+    """Of each, the median of rounds."""
+    times: dict[str, list[list[float]]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):
-        for name, (graph, _) in graphs.items():
-            graph.replay()
-            events: Any = torch.cuda.Event
-            start, end = (events(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(REPLAYS):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000 / (REPLAYS * STEPS * LAYERS))
-    return {name: round(median(own), 2) for name, own in times.items()}
+        for name, places in graphs.items():
+            times[name].append([time(graph) for graph, _ in places])
+    return {
+        name: [round(median(place), 2) for place in zip(*rounds, strict=True)]
+        for name, rounds in times.items()
+    }
+
+
+def time(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds a layer."""
+    graph.replay()
+    events: Any = torch.cuda.Event
+    start, end = (events(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1000 / (REPLAYS * STEPS * LAYERS)
 
 
 if __name__ == "__main__":

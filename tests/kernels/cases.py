@@ -131,11 +131,16 @@ class LoraCase:
                 continue
             shrunk = self.a[slot - 1].double() @ self.x[row].double()
             for part, (start, stop) in enumerate(pairwise(self.columns)):
-                own = shrunk[part * rank : (part + 1) * rank]
+                own = shrunk[rank_rows(part, len(self.columns) - 1, rank)]
                 y[row, start:stop] += self.scales[row] * (
                     self.b[slot - 1, start:stop].double() @ own
                 )
         return y
+
+
+def rank_rows(part: int, parts: int, rank: int) -> list[int]:
+    """Where the ranks of a part are among A's rows: of all parts 16, then of all the next 16."""
+    return [each // 16 * parts * 16 + part * 16 + each % 16 for each in range(rank)]
 
 
 def make_lora(
@@ -143,13 +148,16 @@ def make_lora(
 ) -> LoraCase:
     torch.manual_seed(rows + inputs + rank)
     columns = tuple(accumulate(parts, initial=0))
-    a = torch.randn(adapters, len(parts), rank, inputs) / inputs**0.5
-    b = torch.randn(adapters, columns[-1], rank)
+    held = -(-rank // 16) * 16
+    a = torch.zeros(adapters, len(parts) * held, inputs)
+    b = torch.randn(adapters, columns[-1], held)
     for slot in range(1, adapters + 1):
-        a[slot - 1, :, max(1, rank // slot) :] = 0
+        for part in range(len(parts)):
+            own = rank_rows(part, len(parts), max(1, rank // slot))
+            a[slot - 1, own] = torch.randn(len(own), inputs) / inputs**0.5
     return LoraCase(
         x=torch.randn(rows, inputs).to(dtype),
-        a=a.flatten(1, 2).to(dtype),
+        a=a.to(dtype),
         b=b.to(dtype),
         slots=torch.randint(0, adapters + 1, (rows,), dtype=torch.int32),
         scales=torch.rand(rows) * 2,

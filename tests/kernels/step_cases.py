@@ -9,7 +9,7 @@ from torch.nn import functional
 from qlorachat.kernels.decode_lora import Expanding, Shrinking
 from qlorachat.kernels.nf4 import Nf4Matrix
 from qlorachat.kernels.tiles import tiled_shape, untile
-from tests.kernels.cases import POISON
+from tests.kernels.cases import POISON, rank_rows
 
 UNTOUCHED = 7.0  # in the padding of a tiled x
 HIDDEN = 128  # columns of the products' x
@@ -66,18 +66,16 @@ def make_shrinking(
 ) -> Shrinking | None:
     """A of slots that no row has is NaN; without `rank` there are no adapters.
 
-    more: ranks that each of three parts holds beyond those that rows have, in NaN.
+    rank: of all parts together. more: ranks beyond those that rows have, in NaN.
     """
     if rank is None:
         return None
     slots = make_slots(rows, count, one)
-    parts = 3 if more else 1
-    a = (torch.randn(count, parts, rank // parts + more, columns) / columns**0.5).to(dtype)
-    a[:, :, rank // parts :] = POISON
+    a = (torch.randn(count, rank + more, columns) / columns**0.5).to(dtype)
+    a[:, rank:] = POISON
     poison_unused(a, slots)
-    a = a.flatten(1, 2)
-    shrunk = apart(earlier_shrunk(rows, count * a.shape[1]))
-    return Shrinking(a, slots, shrunk, one, parts, rank // parts if more else None)
+    shrunk = apart(earlier_shrunk(rows, a.shape[1]))
+    return Shrinking(a, slots, shrunk, one, rank if more else None)
 
 
 def assert_shrunk(shrinking: Shrinking | None, x: torch.Tensor) -> None:
@@ -85,18 +83,15 @@ def assert_shrunk(shrinking: Shrinking | None, x: torch.Tensor) -> None:
     if shrinking is None:
         return
     a, slots, shrunk = shrinking[:3]
-    shape = (len(slots), len(a), shrinking.parts, -1)
-    expected = earlier_shrunk(*shrunk.shape).double().view(shape)
+    expected = earlier_shrunk(*shrunk.shape).double()
     sizes = torch.zeros_like(expected)
     plain, ranks = untile(x, len(slots), a.shape[2]).double(), slice(shrinking.own_ranks)
     for row, slot in enumerate(slots.tolist()):
         if slot:
-            own = a[slot - 1].double().unflatten(0, (shrinking.parts, -1))[:, ranks]
-            before = expected[row, slot - 1, :, ranks]
-            sizes[row, slot - 1, :, ranks] = before.abs() + own.abs() @ plain[row].abs()
+            own, before = a[slot - 1, ranks].double(), expected[row, ranks]
+            sizes[row, ranks] = before.abs() + own.abs() @ plain[row].abs()
             before += own @ plain[row]
-    error = (shrunk.double() - expected.flatten(1)).abs()
-    assert bool((error <= SUMMED * sizes.flatten(1)).all())
+    assert bool(((shrunk.double() - expected).abs() <= SUMMED * sizes).all())
 
 
 def assert_adapters(
@@ -135,21 +130,21 @@ def make_expanding(
     one: bool = False,
     more: int = 0,
 ) -> Expanding | None:
-    """A x is NaN but for each row's own slot, B for slots that no row has.
+    """A x is NaN for rows without adapter, B for slots that no row has.
 
     more: ranks beyond those that rows have, in NaN.
     """
     if rank is None:
         return None
     slots = make_slots(rows, count, one)
-    shrunk = torch.randn(rows, count, len(heights), rank + more)
-    shrunk[slots[:, None] != torch.arange(1, count + 1)] = POISON
+    shrunk = torch.randn(rows, len(heights) * (rank + more))
+    shrunk[slots == 0] = POISON
+    shrunk[:, len(heights) * rank :] = POISON
     b = torch.randn(count, sum(heights), rank + more).to(dtype)
-    for each in (shrunk, b):
-        each[..., rank:] = POISON
+    b[..., rank:] = POISON
     poison_unused(b, slots)
     scales, ranks = torch.rand(rows) * 2, rank if more else None
-    return Expanding(apart(shrunk.flatten(1)), b, slots, scales, one, ranks)
+    return Expanding(apart(shrunk), b, slots, scales, one, ranks)
 
 
 def make_exact_expanding(dtype: torch.dtype, rows: int, heights: tuple[int, ...]) -> Expanding:
@@ -177,11 +172,13 @@ def make_beside(
     weight: Nf4Matrix,
     rank: int | None,
     count: int = SLOTS,
+    *,
+    more: int = 0,
 ) -> Shrinking | Expanding | None:
     """Adapters beside a product; rank: with `Shrinking`, of all parts together."""
     if kind is Shrinking:
-        return make_shrinking(dtype, rows, weight.columns, rank, count)
-    return make_expanding(dtype, rows, weight.heights, rank, count)
+        return make_shrinking(dtype, rows, weight.columns, rank, count, more=more)
+    return make_expanding(dtype, rows, weight.heights, rank, count, more=more)
 
 
 def expanded(
@@ -191,13 +188,13 @@ def expanded(
     if expanding is None:
         return 0.0, 0.0
     shrunk, b, slots, scales = expanding[:4]
-    ranks = slice(expanding.own_ranks)
-    every = shrunk.double().view(len(slots), len(b), len(heights), -1)[..., ranks]
+    ranks = expanding.own_ranks
+    places = [rank_rows(part, len(heights), ranks) for part in range(len(heights))]
     added = torch.zeros(2, len(slots), b.shape[1], dtype=torch.float64)
     for row, slot in enumerate(slots.tolist()):
         if slot:
-            own = b[slot - 1, :, ranks].double().split(heights)
-            pairs = zip(own, every[row, slot - 1], strict=True)
+            own = b[slot - 1, :, :ranks].double().split(heights)
+            pairs = zip(own, shrunk.double()[row, places], strict=True)
             parts = [torch.stack((part @ x, part.abs() @ x.abs())) for part, x in pairs]
             added[:, row] = scales[row].double() * torch.cat(parts, 1)
     return added[0], added[1]

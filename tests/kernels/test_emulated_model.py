@@ -5,7 +5,9 @@ import torch
 
 from qlorachat.kernels import LoraSegment
 from qlorachat.kernels.eight_bits import INT8, narrow, widen
-from qlorachat.model import PagedLlama, PrefillChunk, PrefillChunks, Rows, fusion
+from qlorachat.kernels.nf4 import Nf4Matrix
+from qlorachat.kernels.nf4_write_out import LoraMatrices, nf4_write_out_reference
+from qlorachat.model import PagedLlama, PrefillChunk, PrefillChunks, Rows, fusion, nf4_linear
 from qlorachat.model.fused_decode import FusedDecode
 from qlorachat.model.lora import LoraRows
 from qlorachat.model.nf4_linear import Nf4Linear
@@ -78,16 +80,26 @@ def test_a_step(
 def test_a_prefill(
     segments: list[LoraSegment], kernel: str, card: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One adapter of all rows is written out with the weights; which way changes no answer."""
-    monkeypatch.setattr(fusion, "why_not", lambda parts: None)
+    """One adapter of all rows is written out with the weights, and no less exact than beside."""
     count = max((each.stop for each in segments), default=80)
-    model = PagedLlama(quantized_model(HALF), stacks(2, HALF))
     rows = prefill_rows(count, segments)
+    exact = PagedLlama(quantized_model(), stacks(2)).hidden(rows, cache())
+    monkeypatch.setattr(fusion, "why_not", lambda parts: None)
+    model = PagedLlama(quantized_model(HALF), stacks(2, HALF))
     hidden = model.hidden(rows, cache(HALF))
     assert card.launched == [kernel] * 4 * LAYERS
+    with monkeypatch.context() as patch:
+        patch.setattr(nf4_linear, "nf4_write_out", written_out)
+        assert distance(hidden, model.hidden(rows, cache(HALF))) < torch.finfo(HALF).eps / 2
     monkeypatch.setattr(Nf4Linear, "takes_in", lambda *arguments: False)
-    assert distance(hidden, model.hidden(rows, cache(HALF))) < NEAR
+    beside = model.hidden(rows, cache(HALF))
     assert card.launched[4 * LAYERS :] == ["nf4_write_out"] * 4 * LAYERS
+    assert distance(hidden, exact) < 1.1 * distance(beside, exact)
+
+
+def written_out(weight: Nf4Matrix, lora: LoraMatrices | None = None) -> torch.Tensor:
+    """By the reference, rounded as the kernel does."""
+    return nf4_write_out_reference(weight, lora).to(HALF)
 
 
 def prefill_rows(count: int, segments: list[LoraSegment]) -> Rows:

@@ -15,7 +15,7 @@ from qlorachat.kernels.nf4_write_out import (
     nf4_write_out_reference,
 )
 from qlorachat.kernels.tiles import rows_padded, tile
-from tests.kernels.cases import POISON
+from tests.kernels.cases import POISON, rank_rows
 from tests.kernels.emulator import Emulator, OnCard
 from tests.kernels.step_cases import SUMMED, assert_adapters, beside, expanded, make_beside
 from tests.kernels.test_emulated_step import copied
@@ -68,24 +68,24 @@ def test_an_adapter_written_out(
     for card.seed in range(4):
         assert_near(nf4_write_out(weight, lora), exact, sizes, torch.finfo(HALF).eps / 2)
     assert card.launched == [f"nf4_write_out_{ranks}" if ranks else "nf4_write_out"] * 4
-    for each in (lora.a.view(-1, STRIDE, columns)[:, ranks:], lora.b[:, ranks:]):
+    for each in (lora.a[len(heights) * ranks :], lora.b[:, ranks:]):
         each.zero_()
     assert_near(nf4_write_out_reference(weight, lora), exact, sizes, 0)
 
 
 def make_matrices(heights: tuple[int, ...], columns: int, ranks: int) -> LoraMatrices:
     """Of STRIDE ranks, infinite where nothing may look."""
-    a = torch.randn(len(heights), STRIDE, columns).to(HALF)
+    a = torch.randn(len(heights) * STRIDE, columns).to(HALF)
     b = torch.randn(sum(heights), STRIDE).to(HALF)
-    a[:, ranks:], b[:, ranks:] = POISON, POISON
-    return LoraMatrices(a.flatten(0, 1), b, ranks, 0.75)
+    a[len(heights) * ranks :], b[:, ranks:] = POISON, POISON
+    return LoraMatrices(a, b, ranks, 0.75)
 
 
 def written(weight: Nf4Matrix, lora: LoraMatrices) -> tuple[torch.Tensor, torch.Tensor]:
     """W + scale * B A and |W| + scale * |B| |A| in float64, part by part."""
     exact, sizes, row = nf4_dequantize(weight).double(), nf4_dequantize(weight).double().abs(), 0
     for part, height in enumerate(weight.heights):
-        a = lora.a[part * STRIDE :][: lora.ranks].double()
+        a = lora.a[rank_rows(part, len(weight.heights), lora.ranks)].double()
         b = lora.b[row : row + height, : lora.ranks].double()
         exact[row : row + height] += lora.scale * (b @ a)
         sizes[row : row + height] += lora.scale * (b.abs() @ a.abs())
@@ -163,6 +163,27 @@ def test_many_adapters_beside_a_product(
     assert lora is not None
     assert len(lora.slots[:16].unique()) > 5  # more adapters than are held at once
     check_tiled(card, x, weight, before, lora, blocks=2)
+
+
+@pytest.mark.parametrize(("kind", "rank"), beside(16, 48, 80)[1:])
+@pytest.mark.parametrize("more", [16, 96])
+@pytest.mark.parametrize(
+    ("rows", "heights", "columns"),
+    [(8, (48, 16, 32), 512), (20, (96, 16), 192), (64, (112,), 576)],
+)
+def test_ranks_that_no_row_has_beside_a_product(
+    card: Emulator,
+    rows: int,
+    heights: tuple[int, ...],
+    columns: int,
+    more: int,
+    kind: type[Shrinking | Expanding],
+    rank: int,
+) -> None:
+    weight = make_weight(heights, columns)
+    x, before = torch.randn(rows, columns).to(HALF), torch.randn(rows, weight.rows)
+    lora = make_beside(kind, HALF, rows, weight, rank, more=more)
+    check_tiled(card, x, weight, before, lora, blocks=3)
 
 
 def check_tiled(

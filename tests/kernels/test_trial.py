@@ -21,7 +21,7 @@ HALF = torch.bfloat16
 LIKE = torch.empty(0).as_subclass(OnCard)
 CARD = torch.device("cuda", 0)
 TRIALS: list[tuple[Callable[[torch.Tensor], None], int]] = [
-    (trial.try_products, 30),
+    (trial.try_products, 46),
     (trial.try_step, 24),
     (partial(trial.try_attention, group=1, head_dim=128, cached=HALF), 2),
     (partial(trial.try_attention, group=3, head_dim=64, cached=INT8), 2),

@@ -25,6 +25,7 @@ MOST_ROWS = 10
 
 
 def quantized_model(dtype: torch.dtype = torch.float32) -> Any:
+    """The same numbers in every dtype, those of 16 bits."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -35,7 +36,7 @@ def quantized_model(dtype: torch.dtype = torch.float32) -> Any:
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=64,
     )
-    model = LlamaForCausalLM(config).eval().to(dtype)
+    model = LlamaForCausalLM(config).eval().to(HALF).to(dtype)
     for parent in list(model.model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -53,8 +54,8 @@ def quantized(weight: torch.Tensor) -> Linear4bit:
 def stacks(
     slots: int, dtype: torch.dtype = torch.float32, rank: int = 20, used: int | None = None
 ) -> AdapterStacks:
-    """Random adapters in every slot; the same ones whenever it is called. used: of their ranks
-    the first ones, if the others are zero."""
+    """Random adapters in every slot; the same ones whenever it is called, in every dtype. used: of
+    their ranks the first ones, if the others are zero."""
     width = HIDDEN // HEADS
     shapes = {
         f"model.layers.{layer}.{module}": shape
@@ -74,10 +75,10 @@ def stacks(
     torch.manual_seed(1)
     for index in range(LAYERS):
         for projection in own.layer(index).projections:
-            projection.a.normal_(std=0.1)
-            projection.b.normal_(std=0.1)
+            for each in (projection.a, projection.b):
+                each.copy_((0.1 * torch.randn(each.shape)).to(HALF))
             if used is not None:
-                projection.a.unflatten(1, (len(projection.modules), -1))[:, :, used:] = 0
+                projection.a[:, len(projection.modules) * used :] = 0
                 projection.b[:, :, used:] = 0
     return own
 
@@ -186,10 +187,10 @@ def poisoning(kernel: Callable[..., None]) -> Callable[..., None]:
             assert b.isnan().any()
             return lora._replace(b=b)
         if isinstance(lora, Shrinking):
-            a = lora.a.unflatten(1, (lora.parts, -1)).clone()
-            a[:, :, lora.own_ranks :] = torch.nan
+            a = lora.a.clone()
+            a[:, lora.own_ranks :] = torch.nan
             assert a.isnan().any()
-            return lora._replace(a=a.flatten(1, 2))
+            return lora._replace(a=a)
         return lora
 
     return lambda *arguments: kernel(*map(poisoned, arguments))

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -65,6 +66,35 @@ def test_an_interrupt_while_waiting_leaves_no_stale_answer(
     assert renderer.render([DIALOG[1:]], add_generation_prompt=True) == [
         {"text": DIALOG[1]["content"]}
     ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows stops no process")
+def test_a_machine_that_stalls_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer("{{ messages[0].content }}", {})
+    renderer.render([DIALOG], add_generation_prompt=True)
+    assert renderer._child is not None
+    monkeypatch.setattr("qlorachat.templates.renderer.TIME_LIMIT", 0.5)
+    process = renderer._child._process
+    process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(renderer.render, [DIALOG], add_generation_prompt=True)
+        with pytest.raises(TimeoutError):
+            answer.result(1)
+        process.send_signal(signal.SIGCONT)
+        assert answer.result(30) == [{"text": "s"}]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows stops no process")
+def test_a_process_that_never_answers_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer("{{ messages[0].content }}", {})
+    renderer.render([DIALOG], add_generation_prompt=True)
+    assert renderer._child is not None
+    renderer._child._process.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr("qlorachat.templates.renderer.WAIT_LIMIT", 0.1)
+        with pytest.raises(DialogError, match="took over 2 s"):
+            renderer.render([DIALOG], add_generation_prompt=True)
+    assert renderer.render([DIALOG], add_generation_prompt=True) == [{"text": "s"}]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit of address space")

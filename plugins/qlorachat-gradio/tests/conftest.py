@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors.torch import save_file
 
 from qlorachat import ChatEngine
@@ -19,12 +19,14 @@ from qlorachat_gradio.plugin import GradioFrontend, GradioOptions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or "/usr/bin/chromium"
 MODULE = "model.layers.0.self_attn.q_proj"
+PATIENCE = 30_000  # ms: a busy machine may stall for seconds
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """gradio 6.31 counts its events with pandas in ways that pandas 3 finds old."""
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:gradio.queueing")
+    expect.set_options(timeout=PATIENCE)
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         def open_tab(url: str, locale: str = "en-US", **options: Any) -> Page:
             context = stack.enter_context(browser.new_context(locale=locale, **options))
             page = context.new_page()
-            page.set_default_timeout(15_000)
+            page.set_default_timeout(PATIENCE)
             page.goto(url)
             page.locator("#message textarea").wait_for()
             return page

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from qlorachat.kernels.cuda_source import Argument
-from qlorachat.kernels.lora import lora_expand_add_reference
+from qlorachat.kernels.lora import RANK_GROUP, lora_expand_add_reference, lora_shrink_reference
 
 _APART = 256  # float32 numbers from a row of A x to the next: its readers are all blocks
 
@@ -25,38 +25,37 @@ def shrunk_stride(size: int) -> int:
 class Shrinking(NamedTuple):
     """shrunk += A x, of each row's own slot.
 
-    a: [S, parts * R, K], contiguous, of x's dtype; R is a multiple of 16. slots: int32 [M]. shrunk:
-    float32 [M, S * parts * R], rows contiguous; atomic adds, in no order. one: whether no two rows
-    have different adapters. ranks: a multiple of 16, of each part's R the first ones, that rows
-    have; None: all. The others are not looked at.
+    a: [S, parts * R, K], contiguous, of x's dtype, its ranks in the order of `lora`. slots: int32
+    [M]. shrunk: float32 [M, parts * R], rows contiguous; atomic adds, in no order. one: whether no
+    two rows have different adapters. ranks: of the parts together, the first ones, that rows have;
+    None: all. The others are not looked at. All of them are multiples of 16.
     """
 
     a: torch.Tensor
     slots: torch.Tensor
     shrunk: torch.Tensor
     one: bool = False
-    parts: int = 1
     ranks: int | None = None
 
     @property
     def own_ranks(self) -> int:
-        """That rows have, of each part."""
-        return self.a.shape[1] // self.parts if self.ranks is None else self.ranks
+        """That rows have."""
+        return self.a.shape[1] if self.ranks is None else self.ranks
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Slots that rows may have, and ranks of all parts that they have."""
-        return 1 if self.one else self.a.shape[0], self.parts * self.own_ranks
+        """Slots that rows may have, and ranks that they have."""
+        return 1 if self.one else self.a.shape[0], self.own_ranks
 
     def check(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         slots, ranks, _ = self.a.shape
         assert self.a.shape == (slots, ranks, columns)
         assert self.a.dtype == dtype
-        assert ranks % self.parts == ranks // self.parts % 16 == 0
-        assert self.own_ranks in range(0, ranks // self.parts + 1, 16)
+        assert ranks % RANK_GROUP == 0
+        assert self.own_ranks in range(0, ranks + 1, RANK_GROUP)
         assert self.slots.shape == (rows,)
         assert self.slots.dtype == torch.int32
-        assert self.shrunk.shape == (rows, slots * ranks)
+        assert self.shrunk.shape == (rows, ranks)
         _check_shrunk(self.shrunk)
         assert self.a.is_contiguous()
         assert self.slots.is_contiguous()
@@ -65,9 +64,10 @@ class Shrinking(NamedTuple):
 class Expanding(NamedTuple):
     """sums += scale * B (A x), of each row's own slot.
 
-    shrunk: float32 [M, S * parts * R], A x of every slot and part, rows contiguous. b: [S, N, R],
-    contiguous, of x's dtype, alpha / r folded in; R is a multiple of 16. slots: int32 [M]. scales:
-    float32 [M], the adapter's strength. one, ranks: as in `Shrinking`.
+    shrunk: float32 [M, parts * R], A x as `Shrinking` leaves it. b: [S, N, R], contiguous, of x's
+    dtype, alpha / r folded in; R is a multiple of 16. slots: int32 [M]. scales: float32 [M], the
+    adapter's strength. one: as in `Shrinking`. ranks: of R the first ones, that rows have; None:
+    all.
     """
 
     shrunk: torch.Tensor
@@ -88,12 +88,12 @@ class Expanding(NamedTuple):
         return 1 if self.one else self.b.shape[0], self.own_ranks
 
     def check(self, rows: int, heights: Sequence[int], dtype: torch.dtype) -> None:
-        slots, outputs, ranks = self.b.shape
+        _, outputs, ranks = self.b.shape
         assert outputs == sum(heights)
-        assert ranks % 16 == 0
-        assert self.own_ranks in range(0, ranks + 1, 16)
+        assert ranks % RANK_GROUP == 0
+        assert self.own_ranks in range(0, ranks + 1, RANK_GROUP)
         assert self.b.dtype == dtype
-        assert self.shrunk.shape == (rows, slots * len(heights) * ranks)
+        assert self.shrunk.shape == (rows, len(heights) * ranks)
         assert self.slots.shape == self.scales.shape == (rows,)
         assert self.slots.dtype == torch.int32
         assert self.scales.dtype == torch.float32
@@ -108,23 +108,21 @@ def _check_shrunk(shrunk: torch.Tensor) -> None:
 
 
 def beside_arguments(lora: Shrinking | Expanding | None) -> Sequence[Argument]:
-    """What the products' sources call lora_a, shrunk, lora_b and so on, to ranks; these are all."""
+    """What the products' sources call lora_a, shrunk, lora_b and so on, to ranks."""
     if lora is None:
-        return None, None, None, None, None, 0, 0
-    assert lora.ranks is None
-    stride = lora.shrunk.stride(0)
+        return None, None, None, None, None, 0, 0, 0
+    stride, own = lora.shrunk.stride(0), lora.own_ranks
     if isinstance(lora, Shrinking):
-        return lora.a, lora.shrunk, None, lora.slots, None, stride, lora.a.shape[1]
-    return None, lora.shrunk, lora.b, lora.slots, lora.scales, stride, lora.b.shape[2]
+        return lora.a, lora.shrunk, None, lora.slots, None, stride, lora.a.shape[1], own
+    return None, lora.shrunk, lora.b, lora.slots, lora.scales, stride, lora.b.shape[2], own
 
 
 def shrinking_arguments(shrinking: Shrinking | None) -> Sequence[Argument]:
-    """What the sources call lora_a, lora_slots, shrunk, stride, held, ranks, own_ranks and gap."""
+    """What the sources call lora_a, lora_slots, shrunk, stride, held and ranks."""
     if shrinking is None:
-        return None, None, None, 0, 0, 0, 0, 0
+        return None, None, None, 0, 0, 0
     a, slots, shrunk = shrinking[:3]
-    held, parts, own = a.shape[1], shrinking.parts, shrinking.own_ranks
-    return a, slots, shrunk, shrunk.stride(0), held, parts * own, own, held // parts - own
+    return a, slots, shrunk, shrunk.stride(0), a.shape[1], shrinking.own_ranks
 
 
 def expanding_arguments(expanding: Expanding | None) -> Sequence[Argument]:
@@ -140,12 +138,8 @@ def shrink_reference(x: torch.Tensor, shrinking: Shrinking | None) -> None:
     if shrinking is None:
         return
     a, slots, shrunk = shrinking[:3]
-    parts, ranks = shrinking.parts, slice(shrinking.own_ranks)
-    of_parts = a.unflatten(1, (parts, -1))[:, :, ranks]
-    every = torch.einsum("mk,sprk->mspr", x.float(), of_parts.float())
-    own = slots[:, None] == torch.arange(1, len(a) + 1, device=slots.device)
-    sums = shrunk.unflatten(1, (len(a), parts, -1))[..., ranks]
-    sums += torch.where(own[:, :, None, None], every, 0)
+    ranks = shrinking.own_ranks
+    shrunk[:, :ranks] += lora_shrink_reference(x, a[:, :ranks], slots)[0]
 
 
 def expand_reference(
@@ -156,7 +150,6 @@ def expand_reference(
         return
     shrunk, b, slots, scales = expanding[:4]
     columns = [sum(heights[:part]) for part in range(len(heights) + 1)]
-    ranks = slice(expanding.own_ranks)
-    every = shrunk.unflatten(1, (len(b), len(heights), -1))[..., ranks].flatten(2)
-    own = every[torch.arange(len(sums), device=slots.device), slots.clamp(min=1) - 1]
-    lora_expand_add_reference(own[None], b[:, :, ranks], slots, scales, sums, columns)
+    ranks = expanding.own_ranks
+    own = shrunk[None, :, : len(heights) * ranks]
+    lora_expand_add_reference(own, b[:, :, :ranks], slots, scales, sums, columns)

@@ -180,20 +180,19 @@ __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16*
 #define RESIDUAL(NAME, TILES, PIECES)                                                                                  \
   KERNEL begin_residual_##NAME(const long long* ids, const u16* embedding, const u16* weight, u16* x, u16* residual,   \
                                float* squares, const u16* lora_a, const int* lora_slots, float* shrunk, int stride,    \
-                               int held, int ranks, int own_ranks, int gap, int a_room, int rows, int width,           \
-                               int padded) {                                                                           \
+                               int held, int ranks, int a_room, int rows, int width, int padded) {                     \
     begin_residual<TILES, PIECES>(ids, embedding, {residual, weight, x, squares, rows, width, padded},                 \
-                                  {lora_a, lora_slots, shrunk, stride, held, {ranks, own_ranks, gap}}, a_room);        \
+                                  {lora_a, lora_slots, shrunk, stride, held, ranks}, a_room);                          \
   }                                                                                                                    \
   KERNEL add_to_residual_##NAME(                                                                                       \
       float* sums, u16* residual, const u16* weight, u16* x, float* squares, const float* lora_shrunk,                 \
       const u16* lora_b, const int* lora_slots, const float* lora_scales, int stride, int held, int ranks, int b_room, \
       const u16* lora_a, const int* next_lora_slots, float* shrunk, int next_stride, int next_held, int next_ranks,    \
-      int own_ranks, int gap, int a_room, int rows, int width, int padded) {                                           \
+      int a_room, int rows, int width, int padded) {                                                                   \
     add_to_residual<TILES, PIECES>(                                                                                    \
         sums, {residual, weight, x, squares, rows, width, padded},                                                     \
         {lora_shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks}, b_room,                                   \
-        {lora_a, next_lora_slots, shrunk, next_stride, next_held, {next_ranks, own_ranks, gap}}, a_room);              \
+        {lora_a, next_lora_slots, shrunk, next_stride, next_held, next_ranks}, a_room);                                \
   }
 // For any adapters, and for rows' only one, of so many ranks.
 RESIDUAL(1, 1, 0)

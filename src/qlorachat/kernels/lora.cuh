@@ -50,7 +50,7 @@ template <int P> struct ShrinkBeside {
 
   // No kernel of the step writes A: this may be before the wait.
   __device__ __forceinline__ ShrinkBeside(const Shrinking& adapters, int columns, int x_rows, int share, int shares)
-      : adapters(adapters), lane(threadIdx.x & 31), quad(lane >> 2), t(lane & 3), tiles(adapters.held >> 4),
+      : adapters(adapters), lane(threadIdx.x & 31), quad(lane >> 2), t(lane & 3), tiles(adapters.ranks >> 4),
         columns(columns), pairs(0) {
 #pragma unroll
     for (int i = 0; i < (P > 32 ? 2 : 1); i++) {
@@ -85,7 +85,7 @@ template <int P> struct ShrinkBeside {
 #pragma unroll
       for (int i = 0; i < 2; i++) pieces[c][i] = __ldcg(from + 64 * c + (2 * t + i ^ quad));
     const u64 row_size = adapters.stride;
-    float* to = adapters.shrunk + (rows.set * SET + 2 * t) * row_size + (rows.slot - 1) * adapters.held + tile * 16 + quad;
+    float* to = adapters.shrunk + (rows.set * SET + 2 * t) * row_size + tile * 16 + quad;
 #pragma unroll
     for (int c = 0; c < TILES; c++) {
       float sum[4] = {};
@@ -153,11 +153,11 @@ template <int P> struct ExpandBeside {
       const int own = __shfl_sync(~0u, slot, 8 * c + quad);
       const float factor = __shfl_sync(~0u, scale, 8 * c + quad);
       const float* of_row = adapters.shrunk + static_cast<u64>(set * SET + 8 * c + quad) * adapters.stride;
-      const float4* from = reinterpret_cast<const float4*>(of_row + (max(own - 1, 0) * parts + part) * adapters.held + first);
+      const float4* from = reinterpret_cast<const float4*>(of_row + first * parts + part * 16);
 #pragma unroll
       for (int s = 0; s < STEPS; s++) {
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (own && first + 16 * s < adapters.held) x = __ldca(from + 4 * s + t);
+        if (own && first + 16 * s < adapters.ranks) x = __ldca(from + 4 * s * parts + t);
         u32* pairs = shrunk[s][c];
         pairs[0] = round_pair(factor * x.x, factor * x.y);
         pairs[1] = round_pair(factor * x.z, factor * x.w);
@@ -167,7 +167,7 @@ template <int P> struct ExpandBeside {
     }
   }
   __device__ __forceinline__ void load(int i, int own, int group, int rank) {
-    const bool inside = own && rank < adapters.held;
+    const bool inside = own && rank < adapters.ranks;
     const u16* at = find_b(own ? own : 1, group * 16 + quad) + (inside ? rank : 0) + 4 * t;
     low[i] = inside ? __ldg(reinterpret_cast<const uint2*>(at)) : make_uint2(0, 0);
     high[i] = inside ? __ldg(reinterpret_cast<const uint2*>(at + 8 * adapters.held)) : make_uint2(0, 0);
@@ -189,7 +189,7 @@ template <int P> struct ExpandBeside {
 #pragma unroll
       for (int i = 0; i < 4; i++) added[c][i] = 0.f;
     for (u32 remaining = all; remaining;) {
-      if (adapters.held == 16) {
+      if (adapters.ranks == 16) {
         u32 rows[STEPS];
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
@@ -228,7 +228,7 @@ template <int P> struct ExpandBeside {
       if (!waited) wait_for_previous();
       waited = true;
       if (!all) continue;
-      for (int first = 0; first < adapters.held; first += 16 * STEPS)
+      for (int first = 0; first < adapters.ranks; first += 16 * STEPS)
         for (int group = first_group, known = -1; group < last_group; group++) {
           if (part_of(group) != known) hold_shrunk(set, known = part_of(group), first);
           multiply_group(group, first);
@@ -245,11 +245,11 @@ struct Beside {
   const u16* b;
   const int* slots;
   const float* scales;
-  int stride, ranks;  // that a slot holds, of all parts with A
+  int stride, held, ranks;  // held and ranks: of all parts with A
 
   template <int P>
   __device__ __forceinline__ void add(const Matrix& m, const u8* x, float* sums, int x_rows, int share, int shares) const {
-    if (a) ShrinkBeside<P>({a, slots, shrunk, stride, ranks, {ranks, ranks, 0}}, m.columns, x_rows, share, shares)(reinterpret_cast<const u16*>(x));
-    if (b) ExpandBeside<P>({shrunk, b, slots, scales, stride, ranks, ranks}, m)(sums, x_rows, share, shares);
+    if (a) ShrinkBeside<P>({a, slots, shrunk, stride, held, ranks}, m.columns, x_rows, share, shares)(reinterpret_cast<const u16*>(x));
+    if (b) ExpandBeside<P>({shrunk, b, slots, scales, stride, held, ranks}, m)(sums, x_rows, share, shares);
   }
 };

@@ -1,8 +1,9 @@
 """LoRA of many adapters in one decode step: y += scale * (x @ A^T) @ B^T, each row its adapter.
 
 A row names its adapter by a slot of the stacked weights; slot s is [s - 1] of them, 0 means none. A
-fused projection (q|k|v, gate|up) keeps its parts' A stacked along the rank, so that one shrink and
-one expand serve all of them.
+fused projection (q|k|v, gate|up) keeps its parts' A in one matrix, so that one shrink and one
+expand serve all of them: the first 16 ranks of each part, then the next 16, and so on. So the ranks
+of a small adapter are the first rows, whatever there is room for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from qlorachat.kernels.device import (
     wait_for_previous,
 )
 
-_ROWS = 16  # of one program; tensor cores take no fewer
+RANK_GROUP = 16  # ranks of a part that lie together; tensor cores take no fewer
+_ROWS = 16  # of one program
 _RANKS = 16  # of one program of the shrink
 _SPAN = 512  # inputs that one program of the shrink sums, in steps of _INPUTS
 _INPUTS = 128
@@ -32,9 +34,9 @@ _OUTPUTS = 64  # of one program of the expand
 def lora_shrink(x: torch.Tensor, a: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Partial sums of x @ A^T, float32 [splits, T, parts * R]; over dimension 0 they sum to it.
 
-    x: [T, K], contiguous. a: [S, parts * R, K], contiguous, of x's dtype; a rank below R is padded
-    with zero rows. slots: int32 [T]; rows of slot 0 get zeros. The splits depend on K alone, so a
-    row's sums are the same in every batch.
+    x: [T, K], contiguous. a: [S, parts * R, K], contiguous, of x's dtype; R is a multiple of 16, a
+    rank below it is padded with zero rows. slots: int32 [T]; rows of slot 0 get zeros. The splits
+    depend on K alone, so a row's sums are the same in every batch.
     """
     rows, inputs = x.shape
     ranks = a.shape[1]
@@ -76,6 +78,7 @@ def lora_expand_add(
     """
     rows, outputs = y.shape
     parts, rank = len(columns) - 1, b.shape[2]
+    assert rank % RANK_GROUP == 0
     assert sums.shape == (len(sums), rows, parts * rank)
     assert sums.dtype == scales.dtype == torch.float32
     assert b.shape[1] == outputs
@@ -95,10 +98,11 @@ def lora_expand_add(
         outputs=outputs,
         parts=parts,
         rank=rank,
+        group=RANK_GROUP,
         splits=len(sums),
         row_block=_ROWS,
         output_block=_OUTPUTS,
-        rank_block=max(16, triton.next_power_of_2(rank)),
+        rank_block=triton.next_power_of_2(rank),
         num_warps=4,
         **dependent_launch(y),
     )
@@ -119,12 +123,18 @@ def lora_expand_add_reference(
     columns: Sequence[int],
 ) -> None:
     """`lora_expand_add` in plain torch; copies the weights of each row."""
-    shrunk = sums.sum(0).view(len(y), -1, b.shape[2])
+    shrunk = by_parts(sums.sum(0), len(columns) - 1)
     for part, (start, stop) in enumerate(pairwise(columns)):
         added = torch.bmm(b[slots.clamp(min=1) - 1, start:stop].float(), shrunk[:, part, :, None])[
             :, :, 0
         ]
         y[:, start:stop] += torch.where(slots[:, None] > 0, scales[:, None] * added, 0.0)
+
+
+def by_parts(shrunk: torch.Tensor, parts: int) -> torch.Tensor:
+    """[..., parts * R] in A's order -> [..., parts, R]."""
+    groups: torch.Tensor = shrunk.unflatten(-1, (-1, parts, RANK_GROUP))
+    return groups.transpose(-3, -2).flatten(-2)
 
 
 def _check_slots(slots: torch.Tensor, rows: int) -> None:
@@ -189,6 +199,7 @@ def _expand_kernel(
     outputs: tl.constexpr,
     parts: tl.constexpr,
     rank: tl.constexpr,
+    group: tl.constexpr,
     splits: tl.constexpr,
     row_block: tl.constexpr,
     rank_block: tl.constexpr,
@@ -204,8 +215,9 @@ def _expand_kernel(
 
     shrunk = tl.zeros([row_block, rank_block], tl.float32)
     known = (mine > 0)[:, None] & (depth < rank)[None, :]
+    place = find_ranks(depth, part, parts, group)
     for split in tl.static_range(splits):
-        at = (split * rows + row)[:, None] * (parts * rank) + part * rank + depth[None, :]
+        at = (split * rows + row)[:, None] * (parts * rank) + place[None, :]
         shrunk += tl.load(sums + at, mask=known, other=0.0)
 
     total = tl.zeros([row_block, output_block], tl.float32)
@@ -239,6 +251,14 @@ def find_columns(
     start = tl.where(part == 0, 0, tl.where(part == 1, first_stop, second_stop))
     stop = tl.where(part == 0, first_stop, tl.where(part == 1, second_stop, third_stop))
     return start + tl.program_id(0) * output_block + tl.arange(0, output_block), stop
+
+
+@jit
+def find_ranks(
+    ranks: tl.tensor, part: tl.tensor, parts: tl.constexpr, group: tl.constexpr
+) -> tl.tensor:
+    """Where ranks of a part are among those of all, as A has them."""
+    return (ranks // group * parts + part) * group + ranks % group
 
 
 @jit

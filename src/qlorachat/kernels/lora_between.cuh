@@ -125,17 +125,16 @@ template <int TILES, int PARTS> struct SourceB {
 template <int TILES> struct SourceA {
   static constexpr int BYTES = TILES * PIECE;
   const u16* from;  // of this lane's rank of 16 and half of the columns
-  const Ranks own;
   int columns, held, ranks;
   bool inside;
 
   __device__ __forceinline__ SourceA(const Shrinking& adapters, int columns, int first_column)
-      : own(adapters.ranks), columns(columns), held(adapters.held), ranks(own.count), inside(first_column < columns) {
+      : columns(columns), held(adapters.held), ranks(adapters.ranks), inside(first_column < columns) {
     const int lane = threadIdx.x & 31;
     from = adapters.a + static_cast<u64>(lane >> 1) * columns + (inside ? first_column : 0) + 8 * (lane & 1);
   }
   __device__ __forceinline__ const u16* find(int slot, int rank) const {
-    return from + (static_cast<u64>(slot - 1) * held + own.find(rank)) * columns;
+    return from + (static_cast<u64>(slot - 1) * held + rank) * columns;
   }
   __device__ __forceinline__ void copy(u32 to, int slot, int rank) const {
 #pragma unroll
@@ -167,8 +166,7 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
         source(adapters, width, at.first_column()), turn(mine), held{room, begin} {
     held.fetch(source, mine, turn, true);
     scale = mine ? __ldg(adapters.scales + at.row) : 0.f;
-    from = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride +
-                max(mine - 1, 0) * PARTS * adapters.held + 4 * (at.lane & 3));
+    from = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + 4 * (at.lane & 3));
   }
   __device__ __forceinline__ void read() {
     const int count = turn.pieces(adapters.ranks);
@@ -191,7 +189,7 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
       for (int part = 0; part < PARTS; part++) {
         x[g][part] = make_float4(0.f, 0.f, 0.f, 0.f);
         if (mine && (ONE || turn.first + 16 * g < adapters.ranks))
-          x[g][part] = __ldca(reinterpret_cast<const float4*>(from + part * adapters.held + turn.first + 16 * g));
+          x[g][part] = __ldca(reinterpret_cast<const float4*>(from + (turn.first + 16 * g) * PARTS + 16 * part));
       }
   }
   __device__ __forceinline__ void split(const float4 (&x)[GROUPS][PARTS]) {
@@ -275,7 +273,7 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
 template <int TILES, int PIECES> struct Shrink {
   // Pieces between two barriers, pieces held in registers.
   static constexpr int WARPS = 4, GROUPS = PIECES ? 3 * PIECES : TILES == 1 ? 8 : 6, BATCH = 3;
-  static constexpr bool ONE = PIECES != 0, FEW = ONE && GROUPS <= WARPS;  // a warp adds up one piece at most
+  static constexpr bool ONE = PIECES != 0;
   struct Sums { float of[GROUPS][WARPS][ROWS * 16]; };
   const Shrinking& adapters;
   const int mine;  // slot of this lane's row
@@ -295,14 +293,14 @@ template <int TILES, int PIECES> struct Shrink {
     __shared__ Sums sums;
     of_warp = sums.of[0][at.warp] + (at.lane >> 2) * 16 + (at.lane & 3) * 2;
     of_all = sums.of[at.warp][0] + at.lane * 4;
-    to = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + (FEW ? adapters.ranks.find(16 * at.warp) : 0) + (at.lane & 3) * 4);
+    to = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + 16 * at.warp + (at.lane & 3) * 4);
   }
   // A of the first turn.
   __device__ __forceinline__ void begin() {
     if (turn.slot) take();
   }
   __device__ __forceinline__ void take() {
-    pieces = held.take(turn.pieces(adapters.ranks.count), source.BYTES);
+    pieces = held.take(turn.pieces(adapters.ranks), source.BYTES);
     read(0);
   }
   __device__ __forceinline__ void read(int first) {
@@ -311,7 +309,7 @@ template <int TILES, int PIECES> struct Shrink {
 #pragma unroll
       for (int i = 0; i < 2 * TILES; i++) {
         const u8* at = pieces + ((first + g) * 2 * TILES + i) * (PIECE / 2);
-        if (first + g < turn.pieces(adapters.ranks.count)) words[g][i >> 1][i & 1] = *reinterpret_cast<const uint2*>(at);
+        if (first + g < turn.pieces(adapters.ranks)) words[g][i >> 1][i & 1] = *reinterpret_cast<const uint2*>(at);
       }
   }
 
@@ -323,7 +321,7 @@ template <int TILES, int PIECES> struct Shrink {
 #pragma unroll 1
     while (turn.slot) {
       add_up();
-      turn.next(mine, adapters.ranks.count);
+      turn.next(mine, adapters.ranks);
       if (!turn.slot) return;
       held.refill(source, mine, turn);
       take();
@@ -334,7 +332,7 @@ template <int TILES, int PIECES> struct Shrink {
   }
   // Into shared memory.
   __device__ __forceinline__ void multiply_turn(const u32 (&x)[TILES][2]) {
-    const int count = turn.pieces(adapters.ranks.count);
+    const int count = turn.pieces(adapters.ranks);
     const u32 mask = mine == turn.slot ? ~0u : 0;
 #pragma unroll 1
     for (int first = 0;;) {
@@ -360,7 +358,7 @@ template <int TILES, int PIECES> struct Shrink {
   }
   // A lane has four ranks of its row, of every fourth group.
   __device__ __forceinline__ void add_up() const {
-    const int warp = threadIdx.x >> 5, count = turn.pieces(adapters.ranks.count) - warp;
+    const int count = turn.pieces(adapters.ranks) - static_cast<int>(threadIdx.x >> 5);
     if (mine != turn.slot) return;
 #pragma unroll
     for (int g = 0; g < GROUPS; g += WARPS) {
@@ -371,8 +369,7 @@ template <int TILES, int PIECES> struct Shrink {
         const float4 own = *reinterpret_cast<const float4*>(of_all + (g * WARPS + w) * ROWS * 16);
         sum.x += own.x; sum.y += own.y; sum.z += own.z; sum.w += own.w;
       }
-      const int rank = FEW ? 0 : adapters.ranks.find(turn.first + 16 * (g + warp));  // else `to` has it
-      add_four(to + (turn.slot - 1) * adapters.held + rank, sum);
+      add_four(to + turn.first + 16 * g, sum);
     }
   }
 };

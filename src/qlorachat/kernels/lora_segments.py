@@ -18,7 +18,7 @@ from qlorachat.kernels.device import (
     triton,
     wait_for_previous,
 )
-from qlorachat.kernels.lora import find_columns
+from qlorachat.kernels.lora import RANK_GROUP, by_parts, find_columns, find_ranks
 
 _ROWS, _OUTPUTS = 64, 128  # of one program
 _RANKS = 64  # that it takes at a time
@@ -43,10 +43,12 @@ def lora_add_segments(
 ) -> None:
     """y += scale * (x @ A^T) @ B^T in place, segment by segment.
 
-    x: [T, K]. a: [S, parts * R, K]. b: [S, N, R]. y: [T, N]. All contiguous and of one dtype.
-    columns: where the parts of y begin, and N, as for `lora_expand_add`.
+    x: [T, K]. a: [S, parts * R, K], its ranks in the order of `lora`. b: [S, N, R]. y: [T, N]. All
+    contiguous and of one dtype; R is a multiple of 16. columns: where the parts of y begin, and N,
+    as for `lora_expand_add`.
     """
     parts, rank = len(columns) - 1, b.shape[2]
+    assert rank % RANK_GROUP == 0
     assert x.dtype == a.dtype == b.dtype == y.dtype
     assert a.shape[1:] == (parts * rank, x.shape[1])
     assert y.shape == (len(x), b.shape[1])
@@ -73,9 +75,10 @@ def _expand_add(
         outputs=outputs,
         parts=parts,
         rank=rank,
+        group=RANK_GROUP,
         row_block=_ROWS,
         output_block=_OUTPUTS,
-        rank_block=min(_RANKS, max(16, triton.next_power_of_2(rank))),
+        rank_block=min(_RANKS, triton.next_power_of_2(rank)),
         precision=dot_precision(y.dtype),
         num_warps=4,
         **dependent_launch(y),
@@ -85,10 +88,9 @@ def _expand_add(
 def _expand_add_reference(
     shrunk: torch.Tensor, b: torch.Tensor, scale: float, y: torch.Tensor, columns: Sequence[int]
 ) -> None:
-    rank = b.shape[1]
+    own = by_parts(shrunk, len(columns) - 1)
     for part, (first, last) in enumerate(pairwise(columns)):
-        own = shrunk[:, part * rank : (part + 1) * rank]
-        y[:, first:last].addmm_(own, b[first:last].T, alpha=scale)
+        y[:, first:last].addmm_(own[:, part], b[first:last].T, alpha=scale)
 
 
 @jit
@@ -104,6 +106,7 @@ def _expand_segment_kernel(
     outputs: tl.constexpr,
     parts: tl.constexpr,
     rank: tl.constexpr,
+    group: tl.constexpr,
     row_block: tl.constexpr,
     output_block: tl.constexpr,
     rank_block: tl.constexpr,
@@ -118,7 +121,7 @@ def _expand_segment_kernel(
     for first in range(0, rank, rank_block):
         depth = first + tl.arange(0, rank_block)
         values = tl.load(
-            shrunk + row[:, None] * (parts * rank) + part * rank + depth[None, :],
+            shrunk + row[:, None] * (parts * rank) + find_ranks(depth, part, parts, group)[None, :],
             mask=(row < rows)[:, None] & (depth < rank)[None, :],
             other=0.0,
         ).to(tl.float32)

@@ -169,11 +169,11 @@ __device__ __forceinline__ void nf4_matmul(const Matrix& m, const Beside& beside
   extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                            \
       const u8* packed, const u8* absmax, const float* absmax2, const u32* pairs, const float* code2,       \
       const u8* x, float* sums, const u16* lora_a, float* shrunk, const u16* lora_b, const int* lora_slots, \
-      const float* lora_scales, int stride, int ranks, int x_rows, int rows, int columns, int start1,       \
-      int start2, int group1, int group2, float offset0, float offset1, float offset2) {                    \
+      const float* lora_scales, int stride, int held, int ranks, int x_rows, int rows, int columns,         \
+      int start1, int start2, int group1, int group2, float offset0, float offset1, float offset2) {        \
     const Matrix m = {packed, absmax, absmax2, rows, columns, start1, start2,                               \
                       group1, group2, offset0, offset1, offset2};                                           \
-    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, stride, ranks};                 \
+    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks};           \
     nf4_matmul<P, ALIGNED>(m, beside, pairs, code2, x, sums, x_rows);                                       \
   }
 

@@ -293,13 +293,13 @@ __device__ __forceinline__ void nf4_matmul(const TensorMap* packed, const Matrix
       const __grid_constant__ TensorMap packed, const u8* absmax, const float* absmax2,             \
       const u32* pairs, const float* code2, const u8* x, float* sums, const u16* lora_a,            \
       float* shrunk, const u16* lora_b, const int* lora_slots, const float* lora_scales,            \
-      int stride, int ranks, int x_rows, int rows, int columns, int start1, int start2, int group1, \
-      int group2, float offset0, float offset1, float offset2,                                      \
+      int stride, int held, int ranks, int x_rows, int rows, int columns, int start1, int start2,   \
+      int group1, int group2, float offset0, float offset1, float offset2,                          \
       const __grid_constant__ TensorMap ahead_packed, const u8* ahead_absmax, int ahead_rows,       \
       int ahead_columns) {                                                                          \
     const Matrix m = {nullptr, absmax, absmax2, rows, columns, start1, start2,                      \
                       group1, group2, offset0, offset1, offset2};                                   \
-    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, stride, ranks};         \
+    const Beside beside = {lora_a, shrunk, lora_b, lora_slots, lora_scales, stride, held, ranks};   \
     const Ahead ahead = {&ahead_packed, ahead_absmax, ahead_rows, ahead_columns};                   \
     nf4_matmul<P, GROUPS, OWN, OTHERS, ALIGNED>(&packed, m, beside, ahead, pairs, code2, x, sums,   \
                                                 x_rows);                                            \

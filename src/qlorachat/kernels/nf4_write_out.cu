@@ -12,7 +12,7 @@ constexpr int WORDS_STRIDE = WIDTH / 2 + 16;            // of a row of packed we
 constexpr int A_STRIDE = WIDTH * 2 + 16;                // of a rank
 
 struct Adapter {
-  const u16 *a, *b;  // [parts * stride, K], [N, stride], of which the first RANKS of each stride are looked at
+  const u16 *a, *b;  // [stride / 16, parts, 16, K], [N, stride], of which the first RANKS of `stride` are looked at
   int stride;
   float scale;
 };
@@ -59,10 +59,11 @@ template <int HEIGHT> __device__ __forceinline__ void copy_words(const Matrix& m
 template <int RANKS> __device__ __forceinline__ void copy_a(const Adapter& adapter, const Matrix& m, const Tile& tile, int column, u32 to) {
   const int pair = threadIdx.x % (WIDTH / 2), position = pair & ~15 | (pair & 3) << 2 | (pair >> 2 & 3);
   if (column + 2 * pair >= m.columns) return;
-  const u16* from = adapter.a + static_cast<u64>(tile.number) * adapter.stride * m.columns + column + 2 * pair;
+  const int parts = 1 + (m.start1 < m.rows) + (m.start2 < m.rows);
+  const u16* from = adapter.a + static_cast<u64>(tile.number) * 16 * m.columns + column + 2 * pair;
 #pragma unroll
   for (int rank = threadIdx.x / (WIDTH / 2); rank < RANKS; rank += THREADS / (WIDTH / 2))
-    copy<4>(to + rank * A_STRIDE + position * 4, from + static_cast<u64>(rank) * m.columns);
+    copy<4>(to + rank * A_STRIDE + position * 4, from + static_cast<u64>((rank >> 4) * (parts * 16) + (rank & 15)) * m.columns);
 }
 // Of 16 rows and ranks: operand A. Parts are multiples of 16 rows.
 __device__ __forceinline__ void load_b(u32 (&of)[4], const Adapter& adapter, int row, int stop, int rank) {

@@ -8,6 +8,7 @@ import torch
 
 from qlorachat.kernels import cuda_source
 from qlorachat.kernels.cuda_source import Argument
+from qlorachat.kernels.lora import by_parts
 from qlorachat.kernels.nf4 import Nf4Matrix, dimensions, nf4_dequantize
 
 SOURCE = "nf4_write_out.cu"
@@ -19,8 +20,9 @@ _COPIES_BYTES = 16 * 32 * 4  # of shared memory, COPIES in the source
 class LoraMatrices(NamedTuple):
     """One adapter of a weight [N, K]: scale * B A, for each of the weight's parts.
 
-    a: [parts * R, K]. b: [N, R], alpha / r folded in. Both contiguous, in bfloat16. ranks: of R, a
-    multiple of 16, 0 for none in this weight; past them are zeros. scale: the adapter's strength.
+    a: [parts * R, K], its ranks in the order of `lora`. b: [N, R], alpha / r folded in. Both
+    contiguous, in bfloat16. ranks: of R, a multiple of 16, 0 for none in this weight; past them are
+    zeros. scale: the adapter's strength.
     """
 
     a: torch.Tensor
@@ -66,9 +68,9 @@ def nf4_write_out_reference(weight: Nf4Matrix, lora: LoraMatrices | None = None)
     plain = nf4_dequantize(weight)
     if lora is None:
         return plain
-    each_a = lora.a.float().chunk(len(weight.heights))
+    each_a = by_parts(lora.a.float().T, len(weight.heights)).unbind(1)
     each_b = lora.b.float().split(weight.heights)
-    added = torch.cat([b @ a for a, b in zip(each_a, each_b, strict=True)])
+    added = torch.cat([b @ a.T for a, b in zip(each_a, each_b, strict=True)])
     return plain + lora.scale * added
 
 

@@ -73,27 +73,22 @@ __device__ __forceinline__ int take_slot(int mine, u32& left) {
   return slot;
 }
 
-// Of the ranks that a slot holds those that rows have, `count` in all: the first `own` of each part, `gap` others
-// behind them. There are three parts at most.
-struct Ranks {
-  int count, own, gap;
-  // Where one of these is among all.
-  __device__ __forceinline__ int find(int i) const { return i + ((i >= own) + (i >= 2 * own)) * gap; }
-};
+// Of each 16 ranks A has those of all parts, then the next 16: the first ones of all parts, that rows have, are the
+// first ones of a slot.
 
-// shrunk += A x, of a product's x: by who makes that, or beside the product, with all ranks.
+// shrunk += A x, of a product's x: by who makes that, or beside the product.
 struct Shrinking {
-  const u16* a;      // [slots, held, K], held: ranks of all parts; null: no row has an adapter, or not here
+  const u16* a;      // [slots, held, K]; null: no row has an adapter, or not here
   const int* slots;  // of each row, from 1; 0 for none
-  float* shrunk;     // A x, [M, slots, held], a row `stride` after the one before
+  float* shrunk;     // A x of each row's own slot, [M, ranks], a row `stride` after the one before
   int stride, held;
-  Ranks ranks;
+  int ranks;  // of all parts, the first ones, that rows have
 };
 
-// sums += scale * B (A x): beside the product, with all ranks, or by who reads its sums. All warps of a card read A x
-// at once: by way of the L1 (__ldca), and as the squares.
+// sums += scale * B (A x): beside the product, or by who reads its sums. All warps of a card read A x at once: by way
+// of the L1 (__ldca), and as the squares.
 struct Expanding {
-  const float* shrunk;  // A x, [M, slots, parts, held], a row `stride` after the one before
+  const float* shrunk;  // A x, [M, ranks / 16, parts, 16], a row `stride` after the one before
   const u16* b;         // [slots, N, held]; null: no row has an adapter, or not here
   const int* slots;     // of each row, from 1; 0 for none
   const float* scales;  // of each row

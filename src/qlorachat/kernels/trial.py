@@ -52,8 +52,10 @@ def try_products(like: torch.Tensor) -> None:
             x = tile(make.normal(rows, columns), rows_padded(rows))
             sums = make.normal(rows, weight.rows).float()
             kernels = (nf4_matmul_tiled, nf4_matmul_tiled_reference)
-            for lora in (make.shrinking(rows, columns), make.expanding(rows, heights)):
-                _try(f"a product of {rows} rows", *kernels, x, weight, sums, lora)
+            for one in (0, _RANK):  # all ranks that are held, and some
+                inputs = (f"a product of {rows} rows", *kernels, x, weight, sums)
+                _try(*inputs, make.shrinking(rows, columns, one=one))
+                _try(*inputs, make.expanding(rows, heights, one=one))
 
 
 @torch.inference_mode()
@@ -134,12 +136,13 @@ class _Inputs:
     def shrinking(self, rows: int, columns: int, parts: int = 1, *, one: int = 0) -> Shrinking:
         held, ranks = self.ranks(one)
         a = self.normal(2, parts * held, columns) / columns**0.5
-        shrunk = self._like.new_zeros(rows, 2 * parts * held, dtype=torch.float32)
-        return Shrinking(a, self.slots(rows, one), shrunk, one > 0, parts, ranks)
+        shrunk = self._like.new_zeros(rows, parts * held, dtype=torch.float32)
+        own = None if ranks is None else parts * ranks
+        return Shrinking(a, self.slots(rows, one), shrunk, one > 0, own)
 
     def expanding(self, rows: int, heights: Sequence[int], *, one: int = 0) -> Expanding:
         held, ranks = self.ranks(one)
-        shrunk = self.normal(rows, 2 * len(heights) * held).float()
+        shrunk = self.normal(rows, len(heights) * held).float()
         b = self.normal(2, sum(heights), held)
         return Expanding(shrunk, b, self.slots(rows, one), self.ones(rows), one > 0, ranks)
 

@@ -65,9 +65,8 @@ class _Product:
 
     @property
     def ranks(self) -> int:
-        """Rows of A of all slots."""
-        slots, ranks = self.lora.a.shape[:2] if self.lora.a.ndim == 3 else (0, 0)
-        return slots * ranks
+        """Of an adapter, of all parts."""
+        return self.lora.a.shape[1] if self.lora.a.ndim == 3 else 0
 
 
 class _Workspace:
@@ -108,7 +107,7 @@ class _Workspace:
         return self._squares[norm, :rows]
 
     def shrunk(self, rows: int, number: int) -> torch.Tensor:
-        """A x of product `number`, float32 [rows, ranks of all slots]."""
+        """A x of product `number`, float32 [rows, ranks of all parts]."""
         return self._shrunk[number][:rows]
 
 
@@ -188,14 +187,13 @@ class FusedDecode:
     def _multiply(
         self, number: int, x: torch.Tensor, rows: Rows, space: _Workspace
     ) -> torch.Tensor:
-        """W x of a product; beside it B (A x) for q|k|v, A x for the others, of all ranks."""
+        """W x of a product; beside it B (A x) for q|k|v, A x for the others."""
         weight, of_qkv = self._products[number].weight, number % 4 == 0
         sums = space.sums(len(rows.ids), weight.rows)
         lora = (self._expanding if of_qkv else self._shrinking)(rows, space, number)
-        beside = None if lora is None else lora._replace(ranks=None)
         following = self._products[number + 1 : number + 2]
         ahead = following[0].weight if following else None
-        nf4_matmul_tiled(x, weight, sums, beside, ahead=ahead)
+        nf4_matmul_tiled(x, weight, sums, lora, ahead=ahead)
         return sums
 
     def _shrinking(self, rows: Rows, space: _Workspace, number: int) -> Shrinking | None:
@@ -203,8 +201,8 @@ class FusedDecode:
         if not rows.lora.active or rows.lora.slots is None:
             return None
         lora, shrunk = self._products[number].lora, space.shrunk(len(rows.ids), number)
-        own = (lora.a, rows.lora.slots, shrunk, rows.lora.one)
-        return Shrinking(*own, parts=len(lora.modules), ranks=rows.lora.ranks)
+        ranks = None if rows.lora.ranks is None else len(lora.modules) * rows.lora.ranks
+        return Shrinking(lora.a, rows.lora.slots, shrunk, rows.lora.one, ranks)
 
     def _expanding(self, rows: Rows, space: _Workspace, number: int) -> Expanding | None:
         """B of the rows' adapters on a product, and A x."""

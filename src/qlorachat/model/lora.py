@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from torch.nn import functional
 
 from qlorachat import kernels
 from qlorachat.adapters import Adapter
+from qlorachat.kernels.lora import RANK_GROUP
 from qlorachat.kernels.nf4_write_out import LoraMatrices
 
 # the four fused projections of a layer, and the modules whose outputs stand side by side in each
@@ -48,7 +50,7 @@ class LoraProjection:
         self.modules = modules
         self.columns = list(accumulate((shapes[module][0] for module in modules), initial=0))
         self.inputs = shapes[modules[0]][1]
-        self.a = torch.empty(0)  # (slots, parts * rank, in)
+        self.a = torch.empty(0)  # (slots, parts * rank, in), ranks in the order of kernels.lora
         self.b = torch.empty(0)  # (slots, out, rank)
         self.ranks: list[int] = []  # of each slot, a multiple of 16; past them are zeros
 
@@ -65,13 +67,15 @@ class LoraProjection:
         own_a.zero_()
         own_b.zero_()
         rank, widest = self.b.shape[2], 0
+        each_a = own_a.unflatten(0, (-1, len(self.modules), RANK_GROUP)).unbind(1)
         for part, module in enumerate(self.modules):
             if (pair := adapter.matrices(module)) is None:
                 continue
             a, b = pair
             widest = max(widest, len(a))
             scaled = b.float() * adapter.settings.scale_of(module)
-            own_a[part * rank : part * rank + a.shape[0]].copy_(a)
+            padded = functional.pad(a, (0, 0, 0, rank - len(a)))
+            each_a[part].copy_(padded.unflatten(0, (-1, RANK_GROUP)))
             columns = slice(self.columns[part], self.columns[part + 1])
             own_b[columns, : b.shape[1]].copy_(scaled)
         self.ranks[slot - 1] = _whole(widest)
@@ -183,4 +187,4 @@ def _rounded(slots: int, rank: int) -> tuple[int, int]:
 
 def _whole(rank: int) -> int:
     """Sixteens, as tensor cores take ranks."""
-    return -(-rank // 16) * 16
+    return -(-rank // RANK_GROUP) * RANK_GROUP

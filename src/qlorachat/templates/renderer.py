@@ -8,14 +8,18 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
+
+import psutil
 
 from qlorachat.errors import DialogError, EngineError
 
 Rendering = dict[str, str]  # {"text": ...}, or a reason: {"refused": ...} or {"failed": ...}
 
-TIME_LIMIT = 2.0  # seconds for all renderings of one request
-START_LIMIT = 60.0  # seconds until the process is ready: a cold disk, a virus scanner
+TIME_LIMIT = 2.0  # seconds of a processor for all renderings of one request
+WAIT_LIMIT = 60.0  # seconds for any answer: a cold disk, a virus scanner, a machine that swaps
+_POLL = 0.05  # seconds
 ANSWER_LIMIT = 160 * 2**20  # bytes: three renderings at the child's own limit, escaped
 
 _PROGRAM = Path(__file__).with_name("sandbox.py")
@@ -68,7 +72,7 @@ class _Child:
         try:
             self._process = _start()
             self._end = weakref.finalize(self, _end, self._process)
-            self.ask(b"", START_LIMIT)
+            self.ask(b"", WAIT_LIMIT)
         except (OSError, Stopped) as error:
             raise EngineError(
                 f"The process for chat templates could not start ({error}): check that "
@@ -80,18 +84,18 @@ class _Child:
         return self._process.poll() is None
 
     def ask(self, line: bytes, limit: float) -> Any:
-        """The child's next answer after `line`; Stopped when it has none within `limit` seconds."""
-        expired = threading.Event()
-        timer = threading.Timer(limit, self._expire, [expired])
-        timer.start()
+        """The child's next answer after `line`; Stopped when it computes for `limit` seconds."""
+        answered, expired = threading.Event(), threading.Event()
+        watcher = threading.Thread(target=self._watch, args=[limit, answered, expired])
+        watcher.start()
         try:
             answer = self._exchange(line)
         except BaseException:  # the answer to come would be taken for the next one's
             self._end()
             raise
         finally:
-            timer.cancel()
-            timer.join()
+            answered.set()
+            watcher.join()
         if answer.endswith(b"\n") and not expired.is_set():
             return json.loads(answer)
         self._end()
@@ -106,9 +110,25 @@ class _Child:
             self._process.stdin.flush()
         return self._process.stdout.readline(ANSWER_LIMIT)
 
-    def _expire(self, expired: threading.Event) -> None:
-        expired.set()
-        self._process.kill()
+    def _watch(self, limit: float, answered: threading.Event, expired: threading.Event) -> None:
+        """Kill the process if it computes for too long, or has no answer at all."""
+        if answered.wait(_POLL):  # as it nearly always is
+            return
+        end = monotonic() + WAIT_LIMIT
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self._process.pid)
+            begin = _computed(process)
+            while not answered.wait(_POLL):
+                if _computed(process) - begin > limit or monotonic() > end:
+                    expired.set()
+                    self._process.kill()
+                    return
+
+
+def _computed(process: psutil.Process) -> float:
+    """Seconds of a processor, of the process and of the system for it."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _start() -> subprocess.Popen[bytes]:

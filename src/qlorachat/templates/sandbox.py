@@ -24,7 +24,7 @@ from jinja2.utils import Namespace
 MEMORY_LIMIT = 512 * 2**20  # bytes of address space
 OUTPUT_LIMIT = 4 * 2**20  # characters of one rendering
 REASON_LIMIT = 300  # characters of a template's own error message
-ORPHAN_LIMIT = 30  # seconds; a parent that lives ends a long rendering much earlier
+ORPHAN_LIMIT = 90  # seconds; a parent that lives ends a long rendering much earlier
 
 
 class Refusal(TemplateError):
