@@ -1,5 +1,5 @@
 // What comes between the products of a fused decode step, attention apart: the residual stream and
-// SwiGLU. A block has 8 rows, and 16 or 32 columns a warp.
+// SwiGLU. A warp has 8 rows, and 16 or 32 columns.
 
 #include "lora_between.cuh"
 
@@ -8,7 +8,7 @@ constexpr int WARPS = 4;  // but for SwiGLU
 // Where a lane's columns are in a tiled x: two and, 16 bytes away, two.
 template <int TILES> struct Tiled {
   u32 *first[TILES], *second[TILES];
-  template <int WARPS> __device__ __forceinline__ Tiled(u16* x, const Place<TILES, WARPS>& at, int padded) {
+  template <class Place> __device__ __forceinline__ Tiled(u16* x, const Place& at, int padded) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
       const int index = tiled_at(at.row, at.column + COLUMNS * tile, padded);
@@ -138,13 +138,16 @@ __device__ __forceinline__ void add_to_residual(float* sums, const Residual& res
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
-// gate|up times 1 / rms, rounded; silu(gate) * up tiled.
+// gate|up times 1 / rms, rounded; silu(gate) * up tiled. With two tiles and one adapter, warps have the same columns and
+// share B, which would take as long to bring for every 8 rows as the sums.
 template <int TILES, int WARPS, int PIECES>
 __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16* x, const Expanding& adapters, int room,
                                          int width, float share, float eps, int rows, int padded) {
   let_next_start();
-  const Place<TILES, WARPS> at;
-  Expand<TILES, 2, PIECES ? PIECES : 2, PIECES != 0> expand(adapters, at, rows, width, find_pieces<TILES, 2>(at.warp, room, 0), room);
+  constexpr bool STACKED = TILES == 2 && PIECES;
+  const Place<TILES, WARPS, STACKED> at;
+  u8* pieces = find_pieces<TILES, 2>(STACKED ? 0 : at.warp, room, 0);
+  Expand<TILES, 2, PIECES ? PIECES : 2, PIECES != 0, STACKED> expand(adapters, at, rows, width, pieces, room);
   const Tiled<TILES> tiled(x, at, padded);
   float4* own[2] = {at.template find<float4>(sums, 2 * width), at.template find<float4>(sums + width, 2 * width)};
   const float* square = hold(squares + at.row);

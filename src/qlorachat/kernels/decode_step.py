@@ -223,12 +223,13 @@ def _check_normed(
 
 
 class _Room(NamedTuple):
-    """Pieces of B and of A that each warp of a block can hold."""
+    """Pieces of B and of A that each warp of a block can hold; stacked, all of them together."""
 
     b: int
     a: int
     one: int  # ranks of the rows' only adapter, where these have kernels of their own, or 0
     warps: int
+    stacked: bool  # whether warps of a block have the same columns, not the same rows
     bytes: int  # of a block
 
 
@@ -248,19 +249,21 @@ def _find_room(
         alone = all(slots <= 1 for slots, _ in sizes)
         most = max(_BESIDE[rows_padded(rows)], _ALONE if alone else 0)
     tiles = _tiles(rows)
-    left = most // (warps * tiles * _PIECE_BYTES)
+    one = next((ranks for ranks in RANKS_OF_ONE if sizes in _sizes_of_one(ranks)), 0)
+    stacked = one > 0 and (tiles, parts) == (2, 2)
+    holders = 1 if stacked else warps
+    left = most // (holders * tiles * _PIECE_BYTES)
     b, a = (min(slots, _ROWS) * ranks // 16 for slots, ranks in sizes)
     least_b, least_a = (
         min(least, ranks // 16) for least, (_, ranks) in zip(_LEAST[tiles], sizes, strict=True)
     )
     b = min(b, max(least_b, left // parts - min(a, left // 2)))
     a = min(a, max(least_a, left - b * parts))
-    one = next((ranks for ranks in RANKS_OF_ONE if sizes in _sizes_of_one(ranks)), 0)
     if (16 * b, 16 * a) != tuple(ranks for _, ranks in sizes):
         one = 0  # no room for all pieces at once
-    held = warps * tiles * (b * parts + a) * _PIECE_BYTES
+    held = holders * tiles * (b * parts + a) * _PIECE_BYTES
     least = _SPREAD.get((rows_padded(rows), parts), 0) if is_hopper(device) else 0
-    return _Room(b, a, one, warps, max(held, least))
+    return _Room(b, a, one, warps, stacked, max(held, least))
 
 
 def _sizes_of_one(ranks: int) -> Sequence[list[tuple[int, int]]]:
@@ -288,6 +291,7 @@ def _launch(
     function = cuda_source.load_kernel(
         SOURCE, name, like.device, shared_percent=cuda_source.STEP_SHARED
     )
-    grid = (-(-columns // (_COLUMNS * tiles * room.warps)), -(-rows // _ROWS))
+    wide, high = (1, room.warps) if room.stacked else (room.warps, 1)
+    grid = (-(-columns // (_COLUMNS * tiles * wide)), -(-rows // (_ROWS * high)))
     threads = 32 * room.warps
     cuda_source.launch(function, grid, threads, room.bytes, arguments, like.device, early=True)

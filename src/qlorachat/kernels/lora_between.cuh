@@ -17,12 +17,15 @@ template <class T> __device__ __forceinline__ T* hold(T* at) {
 }
 
 // Where a lane is: in row `row`, in columns from `column` on, and 16 further in the next tile. Blocks' edges are at
-// multiples of all of a warp's columns: these are inside or not.
-template <int TILES, int WARPS> struct Place {
+// multiples of all of a warp's columns: these are inside or not. Warps of a block have the same rows, or, STACKED, the
+// same columns.
+template <int TILES, int WARPS, bool STACKED = false> struct Place {
+  static constexpr int BLOCK_ROWS = STACKED ? WARPS * ROWS : ROWS;
   int lane, warp, row, column;
   __device__ __forceinline__ Place()
-      : lane(threadIdx.x & 31), warp(threadIdx.x >> 5), row(blockIdx.y * ROWS + (lane >> 2)),
-        column((blockIdx.x * WARPS + warp) * COLUMNS * TILES + (lane & 3) * 4) {}
+      : lane(threadIdx.x & 31), warp(threadIdx.x >> 5),
+        row(blockIdx.y * BLOCK_ROWS + (STACKED ? warp * ROWS : 0) + (lane >> 2)),
+        column((STACKED ? blockIdx.x : blockIdx.x * WARPS + warp) * COLUMNS * TILES + (lane & 3) * 4) {}
   __device__ __forceinline__ int first_column() const { return column - (lane & 3) * 4; }  // of the warp
   // Four neighbours.
   template <class Four, class T> __device__ __forceinline__ Four* find(T* rows, int width) const {
@@ -50,8 +53,9 @@ template <int GROUPS, bool ONE> struct Turn {
   __device__ __forceinline__ int pieces(int ranks) const { return ONE ? GROUPS : min(GROUPS, ranks - first >> 4); }
 };
 
-// The pieces of one turn after the other, as many at a time as a warp has room for.
-struct Held {
+// The pieces of one turn after the other, as many at a time as a warp has room for; or those of the only turn, which
+// all warps of a block bring and use, SHARED.
+template <bool SHARED> struct Held {
   int room;        // pieces; those of any turn fit
   u8* begin;
   int at, unread;  // the piece that is next, and how many are there from it on
@@ -85,7 +89,8 @@ struct Held {
   // The next pieces, 8 bytes of each a lane.
   __device__ __forceinline__ const u8* take(int count, int bytes) {
     wait_for_copies<0>();
-    __syncwarp();
+    if (SHARED) __syncthreads();
+    else __syncwarp();
     const u8* own = begin + at * bytes + (threadIdx.x & 31) * 8;
     at += count;
     unread -= count;
@@ -93,8 +98,9 @@ struct Held {
   }
 };
 
-// B of a warp's columns in all parts. Of each tile, columns lie as the lanes have them, rank by rank.
-template <int TILES, int PARTS> struct SourceB {
+// B of a warp's columns in all parts. Of each tile, columns lie as the lanes have them, rank by rank. SHARED: of as many
+// tiles as there are warps, each brings its own.
+template <int TILES, int PARTS, bool SHARED> struct SourceB {
   static constexpr int BYTES = TILES * PARTS * PIECE;
   const u16* from;  // of this lane's column and half of 16 ranks
   int width, held, ranks, place;
@@ -114,7 +120,10 @@ template <int TILES, int PARTS> struct SourceB {
              from + ((static_cast<u64>(slot - 1) * PARTS + part) * width + tile * COLUMNS) * held + rank);
   }
   __device__ __forceinline__ void copy(u32 to, int slot, int rank) const {
-    each(slot, rank, [&](int i, const u16* at) { ::copy<16>(to + i * PIECE + place, at); });
+    const int warp = threadIdx.x >> 5;
+    each(slot, rank, [&](int i, const u16* at) {
+      if (!SHARED || i == warp) ::copy<16>(to + i * PIECE + place, at);
+    });
   }
   __device__ __forceinline__ void prefetch(int slot, int rank) const {
     each(slot, rank, [](int, const u16* at) { ::prefetch(at); });
@@ -146,13 +155,13 @@ template <int TILES> struct SourceA {
 
 // What the adapters add to the sums of a lane's columns, in each of PARTS parts: scale * B (A x). A x is operand A of
 // mma, split in two bfloat16 so that no digit of note is lost, the second ones as rows 8 to 15; B is operand B, 8
-// columns at a time, such that a lane's four are its own. GROUPS: pieces held in registers.
-template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
+// columns at a time, such that a lane's four are its own. GROUPS: pieces held in registers. STACKED: as in `Place`.
+template <int TILES, int PARTS, int GROUPS, bool ONE, bool STACKED = false> struct Expand {
   const Expanding& adapters;
   const int mine;  // slot of this lane's row
-  const SourceB<TILES, PARTS> source;
+  const SourceB<TILES, PARTS, STACKED> source;
   Turn<GROUPS, ONE> turn;
-  Held held;
+  Held<STACKED> held;
   float scale;
   const float* from;                     // A x of this lane's row, from rank 4 t
   uint2 words[GROUPS][PARTS][TILES][2];  // B of the turn
@@ -160,13 +169,17 @@ template <int TILES, int PARTS, int GROUPS, bool ONE> struct Expand {
 
   // room: pieces, from `begin` on in shared memory
   template <int WARPS>
-  __device__ __forceinline__ Expand(const Expanding& adapters, const Place<TILES, WARPS>& at, int rows, int width,
-                                    u8* begin, int room)
-      : adapters(adapters), mine(adapters.b && at.row < rows && at.column < width ? __ldg(adapters.slots + at.row) : 0),
-        source(adapters, width, at.first_column()), turn(mine), held{room, begin} {
+  __device__ __forceinline__ Expand(const Expanding& adapters, const Place<TILES, WARPS, STACKED>& at, int rows,
+                                    int width, u8* begin, int room)
+      : adapters(adapters), mine(find_slot(at.row, rows, at.column < width)), source(adapters, width, at.first_column()),
+        turn(STACKED ? find_slot(blockIdx.y * at.BLOCK_ROWS + at.lane, rows, true) : mine), held{room, begin} {
+    static_assert(!STACKED || (ONE && WARPS * ROWS == 32 && TILES * PARTS == WARPS), "a lane for each row");
     held.fetch(source, mine, turn, true);
     scale = mine ? __ldg(adapters.scales + at.row) : 0.f;
     from = hold(adapters.shrunk + static_cast<u64>(at.row) * adapters.stride + 4 * (at.lane & 3));
+  }
+  __device__ __forceinline__ int find_slot(int row, int rows, bool inside) const {
+    return adapters.b && row < rows && inside ? __ldg(adapters.slots + row) : 0;
   }
   __device__ __forceinline__ void read() {
     const int count = turn.pieces(adapters.ranks);
@@ -279,7 +292,7 @@ template <int TILES, int PIECES> struct Shrink {
   const int mine;  // slot of this lane's row
   const SourceA<TILES> source;
   Turn<GROUPS, ONE> turn;
-  Held held;
+  Held<false> held;
   const u8* pieces;              // of the turn
   uint2 words[BATCH][TILES][2];  // of some of these
   float *of_warp, *of_all;       // in shared memory a warp's sums, and all warps' of four ranks
