@@ -170,7 +170,7 @@ def test_ranks_that_no_row_has_are_left_out(
     model = PagedLlama(quantized_model(), stacks(2, rank=48, used=16))
     rows = decode_rows(slots, active=True, ranks=16)
     expected = model.hidden(rows, cache())
-    for name in ("begin_residual", "add_to_residual", "silu_mul_sums"):
+    for name in ("begin_residual", "nf4_matmul_tiled", "add_to_residual", "silu_mul_sums"):
         monkeypatch.setattr(fused_decode, name, poisoning(getattr(fused_decode, name)))
     model._fused = fuse(model)
     actual = model.hidden(rows, cache())
@@ -193,7 +193,7 @@ def poisoning(kernel: Callable[..., None]) -> Callable[..., None]:
             return lora._replace(a=a)
         return lora
 
-    return lambda *arguments: kernel(*map(poisoned, arguments))
+    return lambda *arguments, **settings: kernel(*map(poisoned, arguments), **settings)
 
 
 @torch.inference_mode()
