@@ -5,10 +5,10 @@
 A quick look before and after a change to a kernel: eight layers of the Llama-2-7B shape with
 random NF4 weights, without adapter, with one of each rank, with one of rank 16 where there is room
 for 64, and with eight of rank 16. Each is captured several times, with its adapters and all that
-kernels hand on elsewhere in memory, which is worth a percent; all are timed in turn, several times
-over, for a card drifts by as much within a minute. Shown are medians, and of these the mean over
-places. Writes bench/results/layer.json, with every place's, named further for another size and with
-keys and values in 8 bits.
+kernels hand on elsewhere in memory; all are timed in turn, several times over, for a card drifts by
+a percent within a minute. Shown are medians, and of these the mean over places. Writes
+bench/results/layer.json, with every place's, named further for another size and with keys and
+values in 8 bits.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from tests.kernels.emulator import Emulator, OnCard
 from tests.kernels.step_cases import (
     EPS,
     HIDDEN,
+    SLOTS,
     apart,
     assert_adapters,
     make_expanding,
@@ -205,6 +206,24 @@ def test_silu_mul(
         *(card, silu_mul_sums, silu_mul_sums_reference),
         *(sums, LateNorm(squares, HIDDEN, EPS), x, expanding),
     )
+
+
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("bare", [0, 8, 40, 63])
+def test_silu_mul_with_bare_rows_first(card: Emulator, bare: int, rank: int) -> None:
+    """As a batch has them: whole warps, and a whole block, without the adapter."""
+    rows, width = 64, 128
+    sums, squares = make_sums(rows, 2 * width)
+    given = make_expanding(HALF, rows, (width, width), rank, one=True)
+    assert given is not None
+    slots = torch.tensor([0] * bare + [SLOTS] * (rows - bare), dtype=torch.int32)
+    shrunk = torch.randn(given.shrunk.shape)
+    shrunk[slots == 0] = POISON
+    expanding = given._replace(slots=slots, shrunk=apart(shrunk))
+    x = make_tiled(HALF, width, rows)
+    norm = LateNorm(squares, HIDDEN, EPS)
+    check(card, silu_mul_sums, silu_mul_sums_reference, sums, norm, x, expanding)
+    assert set(card.launched) == {f"silu_mul_2_{rank}"}
 
 
 @pytest.mark.parametrize("rank", [16, 48])

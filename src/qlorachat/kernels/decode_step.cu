@@ -139,7 +139,7 @@ __device__ __forceinline__ void add_to_residual(float* sums, const Residual& res
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // gate|up times 1 / rms, rounded; silu(gate) * up tiled. With two tiles and one adapter, warps have the same columns and
-// share B, which would take as long to bring for every 8 rows as the sums.
+// share B, which at rank 16 has as many bytes as the sums of 8 rows.
 template <int TILES, int WARPS, int PIECES>
 __device__ __forceinline__ void silu_mul(float* sums, const float* squares, u16* x, const Expanding& adapters, int room,
                                          int width, float share, float eps, int rows, int padded) {

@@ -260,6 +260,7 @@ def _find_room(
     b = min(b, max(least_b, left // parts - min(a, left // 2)))
     a = min(a, max(least_a, left - b * parts))
     if (16 * b, 16 * a) != tuple(ranks for _, ranks in sizes):
+        assert not stacked  # whose pieces fit everywhere
         one = 0  # no room for all pieces at once
     held = holders * tiles * (b * parts + a) * _PIECE_BYTES
     least = _SPREAD.get((rows_padded(rows), parts), 0) if is_hopper(device) else 0

@@ -126,7 +126,7 @@ template <int P> struct ExpandBeside {
 
   __device__ __forceinline__ ExpandBeside(const Expanding& adapters, const Matrix& m)
       : adapters(adapters), m(m), lane(threadIdx.x & 31), quad(lane >> 2), t(lane & 3),
-        parts(1 + (m.start1 < m.rows) + (m.start2 < m.rows)) {}
+        parts(count_parts(m)) {}
 
   __device__ __forceinline__ const u16* find_b(int slot, int row) const {
     return adapters.b + (static_cast<u64>(slot - 1) * m.rows + row) * adapters.held;

@@ -83,6 +83,8 @@ __device__ __forceinline__ Part find_part(const Matrix& m, int row) {
   return {0, 0, m.offset0};
 }
 
+__device__ __forceinline__ int count_parts(const Matrix& m) { return 1 + (m.start1 < m.rows) + (m.start2 < m.rows); }
+
 // Where the absmax bytes of a row begin that belong to four blocks.
 __device__ __forceinline__ const u8* find_absmax(const Matrix& m, int row, int unit) {
   return m.absmax + (static_cast<u64>(unit) * m.rows + row) * 4;

@@ -59,7 +59,7 @@ template <int HEIGHT> __device__ __forceinline__ void copy_words(const Matrix& m
 template <int RANKS> __device__ __forceinline__ void copy_a(const Adapter& adapter, const Matrix& m, const Tile& tile, int column, u32 to) {
   const int pair = threadIdx.x % (WIDTH / 2), position = pair & ~15 | (pair & 3) << 2 | (pair >> 2 & 3);
   if (column + 2 * pair >= m.columns) return;
-  const int parts = 1 + (m.start1 < m.rows) + (m.start2 < m.rows);
+  const int parts = count_parts(m);
   const u16* from = adapter.a + static_cast<u64>(tile.number) * 16 * m.columns + column + 2 * pair;
 #pragma unroll
   for (int rank = threadIdx.x / (WIDTH / 2); rank < RANKS; rank += THREADS / (WIDTH / 2))

@@ -84,7 +84,8 @@ class _Child:
         return self._process.poll() is None
 
     def ask(self, line: bytes, limit: float) -> Any:
-        """The child's next answer after `line`; Stopped when it computes for `limit` seconds."""
+        """The child's next answer after `line`; Stopped when it computes for `limit` seconds, or
+        says nothing for WAIT_LIMIT."""
         answered, expired = threading.Event(), threading.Event()
         watcher = threading.Thread(target=self._watch, args=[limit, answered, expired])
         watcher.start()
